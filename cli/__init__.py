@@ -1,0 +1,1 @@
+"""The command line: the only code of the project that prints."""

@@ -1,0 +1,171 @@
+"""`convert` and `rehead convert`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .console import choice, print_json, progress_bars, results, size
+
+SIZE = "Size of the cache"
+TEXT = "Calibration and healing"
+RUN = "Running"
+
+
+def convert(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or a .gguf file.")
+    ],
+    to: Annotated[str, typer.Option(help="The form of attention to convert to: mla.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write. [dim]Default: MODEL-FORM, here.[/]")
+    ] = None,
+    kv_budget: Annotated[
+        str,
+        typer.Option(
+            help="The share of the KV cache to keep per token, 50% or 0.5.", rich_help_panel=SIZE
+        ),
+    ] = "50%",
+    kv_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Width of the latent. Overrides the budget.", rich_help_panel=SIZE
+        ),
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Rotated dims of the key. Overrides the budget.", rich_help_panel=SIZE
+        ),
+    ] = None,
+    q_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Give the queries a low rank too. [dim]Default: full.[/]",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    rope: Annotated[
+        str,
+        typer.Option(
+            help="decoupled: a small rotated key of its own; on-read: keys rotated when read.",
+            rich_help_panel=SIZE,
+        ),
+    ] = "decoupled",
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Give every layer the same dims. [dim]Default: by measured need.[/]",
+            rich_help_panel=SIZE,
+        ),
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help=".txt, .jsonl (field text), either .gz, or a hub data set. "
+            "[dim]Default: Wikipedia articles that come with rehead.[/]",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calibration sequences to use.", rich_help_panel=TEXT),
+    ] = None,
+    heal: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            help="Healing steps a layer; 0 is the closed form alone. [dim]Default: a good few.[/]",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.", rich_help_panel=RUN)] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights written. [dim]Default: MODEL's.[/]", rich_help_panel=RUN),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.", rich_help_panel=RUN)] = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=RUN),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=RUN),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace the model at the output.", rich_help_panel=RUN),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=RUN),
+    ] = False,
+) -> None:
+    """Convert MODEL to another form of attention, with a smaller KV cache.
+
+    For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
+    """
+    with results(as_json) as console:
+        from ..converters import FORMS, ROPES
+        from ..converters import convert as run
+
+        choice("--to", to, list(FORMS))
+        choice("--rope", rope, list(ROPES))
+        with progress_bars() as progress:
+            done = run(
+                model,
+                to=to,
+                output=output or default_output(model, to),
+                kv_budget=kv_budget,
+                calibration=calibration,
+                samples=samples,
+                heal=heal,
+                rope=rope,
+                uniform_rank=uniform_rank,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                dry_run=dry_run,
+                resume=resume,
+                force=force,
+                kv_lora_rank=kv_lora_rank,
+                qk_rope_head_dim=qk_rope_head_dim,
+                q_lora_rank=q_lora_rank,
+                progress=progress,
+            )
+        if as_json:
+            print_json(console, done.to_dict())
+        else:
+            _summarize(console, done)
+
+
+def default_output(model: str, form: str) -> Path:
+    """`llama-7b-mla`, in the current folder, for any path or hub id that ends in `llama-7b`."""
+    path = Path(model)
+    name = path.name or path.resolve().name
+    return Path(f"{name.removesuffix('.gguf')}-{form}")
+
+
+def _summarize(console: Console, done: Any) -> None:
+    before, after = (done.kv_bytes_per_token[key] for key in ("source", "converted"))
+    console.print(
+        f"KV cache per token: {size(before)} -> [bold]{size(after)}[/] ({after / before:.1%})"
+    )
+    errors = [layer["error"] for layer in done.layers if layer.get("error") is not None]
+    if errors:
+        mean, worst = sum(errors) / len(errors), max(range(len(errors)), key=errors.__getitem__)
+        console.print(f"Layer error: mean {mean:.4f}, most {errors[worst]:.4f} (layer {worst})")
+    if done.output is None:
+        for key, value in done.plan.items():
+            console.print(f"{key}: {value}", markup=False)
+        console.print("A dry run: nothing was written.")
+        return
+    minutes, seconds = divmod(round(done.seconds), 60)
+    console.print(f"Took {minutes} min {seconds} s, {size(done.peak_rss_bytes)} of memory at most")
+    console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)

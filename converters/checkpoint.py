@@ -1,0 +1,250 @@
+"""Reading a Hugging Face checkpoint one tensor at a time, whatever form it comes in.
+
+A source is a folder, a hub id or a `.gguf` file. Opening it reads only the headers of its
+safetensors files and checks them against the files' sizes, the index and the config, so that a
+broken checkpoint is told at once and not after an hour. A tensor is read with plain `read` calls
+into its own memory: nothing is mapped, so the resident memory is that of the tensors asked for.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from .errors import InputError, one_line
+from .shards import Entry, read_entries, read_json
+from .writer import Writer
+
+__all__ = ["Source", "Writer", "copy_side_files", "locate", "open_source"]
+
+# Everything beside the weights that a folder needs to be used. Never weights, never code.
+SIDE_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk whose tensors are read one at a time.
+
+    Args:
+        path: the Hugging Face folder (of a hub id or a `.gguf` file: where it was put).
+        config: its configuration, by transformers' own class.
+        entries: name -> place of every tensor, in the order of the files.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    entries: Mapping[str, Entry] = field(repr=False)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    @property
+    def bytes(self) -> int:
+        """The size of all tensors together, in bytes."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name, in its stored dtype, in memory of its own."""
+        entry = self._entry(name)
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        try:
+            with open(entry.file, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                view = data.numpy().data
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise InputError(f"{entry.file} ends inside {name}: it changed while read.")
+                    view = view[count:]
+        except OSError as error:
+            raise InputError(f"cannot read {entry.file}: {error.strerror or error}.") from error
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise InputError(f"{self.path} has no tensor {name}.") from None
+
+
+def open_source(model: str | Path, *, cache_dir: str | Path | None = None) -> Source:
+    """The checkpoint that `model` names, checked whole.
+
+    Args:
+        model: a folder, a hub id or a `.gguf` file.
+        cache_dir: where a `.gguf` file's folder and the hub's files are kept; None for
+            `$REHEAD_CACHE`, or `rehead` under the user's cache folder, and the hub's own cache.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read as it stands.
+    """
+    path = locate(model, cache_dir=cache_dir)
+    config = _read_config(path)
+    source = Source(path=path, config=config, entries=read_entries(path))
+    _check_weights(source)
+    return source
+
+
+def locate(model: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """The Hugging Face folder of a folder, a hub id or a `.gguf` file."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            from .gguf_source import gguf_folder
+
+            return gguf_folder(path, cache_dir=cache_dir)
+        raise InputError(f"{path} is a file but no .gguf. Give a folder, a .gguf file or a hub id.")
+    name = str(model)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or path.suffix.lower() == ".gguf":
+        raise InputError(f"{name}: no such file or folder.")
+    return _download(name, cache_dir)
+
+
+def _download(name: str, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    # Not the pickled twins of the weights, and no sub-folders (other formats, originals).
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+    try:
+        folder = snapshot_download(
+            name,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+            cache_dir=Path(cache_dir) / "hub" if cache_dir else None,
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated on the hub. Accept its terms there, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name} is neither a file or folder here nor a model on the hub (or it is private)."
+        ) from error
+    # The hub's client raises the errors of its HTTP library as they are; whatever went wrong,
+    # the model could not be had.
+    except Exception as error:
+        raise InputError(
+            f"{name} is no file or folder here, and the hub could not be reached for it "
+            f"({one_line(error, 120)}). Give a folder or a .gguf file."
+        ) from error
+    return Path(folder)
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{path} is an adapter, not a model. Merge it into its model first.")
+        raise InputError(f"{path} has no config.json, so it is not a Hugging Face model folder.")
+    content = read_json(file)
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{file} names no model_type, so the model's family is unknown.")
+    if content.get("quantization_config"):
+        method = re.search(r'"quant_method": "(\w+)"', json.dumps(content["quantization_config"]))
+        raise InputError(
+            f"{path} is quantised ({method[1] if method else 'in some way'}). Give the unquantised "
+            "model, or a .gguf file."
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        if f"`{model_type}`" in str(error) or "auto_map" in content:
+            raise InputError(
+                f"{path} is of the model type {model_type!r}, which the installed transformers "
+                "does not know; code that comes with a checkpoint is not run."
+            ) from error
+        raise InputError(f"{file} does not describe a model: {one_line(error)}") from error
+
+
+def _check_weights(source: Source) -> None:
+    """Raises unless the weights are those of the config: the model is built without memory."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config = source.config
+    if get_checkpoint_conversion_mapping(config.model_type) is not None:
+        return  # transformers renames such a family's weights as it loads them
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"{source.path} does not describe a causal language model: {one_line(error)}"
+        ) from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for target, origin in dict(model.all_tied_weights_keys).items():
+        # A tied pair may be stored under either name or under both.
+        expected.pop(origin if target in source and origin not in source else target)
+    _compare(source, expected)
+
+
+def _compare(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in source]
+    if missing:
+        raise InputError(
+            f"{source.path} lacks {len(missing)} of the {len(expected)} tensors that its "
+            f"config.json asks for ({_some(missing)})."
+        )
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise InputError(
+                f"{source.path}: {name} has the shape {list(source.shape(name))}, and config.json "
+                f"asks for {list(shape)}."
+            )
+        if not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
+            raise InputError(
+                f"{source.path}: {name} is stored as {source.dtype(name)}, so the model is "
+                "quantised. Give the unquantised model, or a .gguf file."
+            )
+
+
+def _some(names: Iterable[str], count: int = 2) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def copy_side_files(source: Source | Path, dest: Path) -> list[str]:
+    """The names of the files copied: tokenizer, chat template, generation config and licence."""
+    path = source.path if isinstance(source, Source) else Path(source)
+    copied = []
+    for pattern in SIDE_FILES:
+        for file in sorted(path.glob(pattern)):
+            name = file.relative_to(path)
+            if not file.is_file() or file.suffix == ".py" or str(name) in copied:
+                continue
+            (dest / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, dest / name)
+            copied.append(str(name))
+    return copied

@@ -1,0 +1,15 @@
+"""The one exception that means "the user asked for something that cannot be done"."""
+
+
+class InputError(ValueError):
+    """A user's mistake or bad input, told in one line: what was asked, what is true, what to do.
+
+    The command line prints it on stderr and leaves with exit code 2; everything else that is
+    raised is a fault of ours.
+    """
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error from another library, on one line and not endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

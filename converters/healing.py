@@ -1,0 +1,146 @@
+"""Fitting a converted layer to the original attention's output by gradient steps.
+
+Layer by layer, with the original's inputs and outputs, so that no backward pass crosses a layer:
+what it needs is one layer and its activations, whatever the model's size (LoLCATs, 2410.10254,
+calls this attention transfer).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .activations import Activations
+from .maps import AttentionMaps, attention
+
+# Of a matrix' root mean square, per step, at the peak.
+LEARNING_RATE = 0.01
+WARM_UP = 0.1
+TOKENS_PER_STEP = 4096
+BETAS = (0.9, 0.95)
+# The relative error from which on the full rate is right; below, the rate falls with its root.
+FULL_RATE_ERROR = 0.04
+
+
+class Form(Protocol):
+    """A frozen dataclass with the weights of a converted attention layer."""
+
+    inv_freq: Tensor
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def expand(self) -> AttentionMaps: ...
+
+
+FormT = TypeVar("FormT", bound=Form)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far a form's output is from the original's, on given text.
+
+    Args:
+        relative: squared error over the squared output.
+        absolute: mean over tokens of the squared error over the squared residual stream, which
+            can be compared across layers.
+    """
+
+    relative: float
+    absolute: float
+
+
+@torch.no_grad()
+def output_error(form: Form, seen: Activations) -> OutputError:
+    """The form's error on what the original attention saw and did, weighted by `seen.weights`."""
+    maps = form.expand().to(torch.float32)
+    wrong = total = 0.0
+    step = max(1, TOKENS_PER_STEP // seen.x.shape[1])
+    for start in range(0, len(seen.x), step):
+        part = seen[start : start + step]
+        off = attention(maps, part.x) - part.y
+        wrong += float((off.square().sum(-1) * part.weights).sum())
+        total += float((part.y.square().sum(-1) * part.weights).sum())
+    return OutputError(wrong / max(total, 1e-30), wrong / seen.weights.numel())
+
+
+def heal(
+    form: FormT,
+    seen: Activations,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    learning_rate: float = LEARNING_RATE,
+    low_precision: bool | None = None,
+) -> FormT:
+    """The form with all its maps fitted so that its output comes near the original's.
+
+    Adam with a rate relative to every matrix' own size and to the error that is left (an almost
+    exact layer would only be shaken by full steps), a short warm-up and a cosine decay.
+
+    Args:
+        steps: gradient steps; 0 returns the form as it is.
+        generator: chooses the sequences of every step.
+        low_precision: run the matrix products in bfloat16; None where the hardware has them.
+    """
+    if steps == 0:
+        return form
+    device = seen.x.device
+    if low_precision is None:
+        low_precision = has_fast_bfloat16(device)
+    order = _orders(len(seen.x), max(1, TOKENS_PER_STEP // seen.x.shape[1]), generator)
+    first = output_error(form, _rows(seen, next(order))).relative
+    learning_rate *= min(1.0, math.sqrt(first / FULL_RATE_ERROR))
+    parameters = {
+        name: tensor.detach().float().clone().requires_grad_(True)
+        for name, tensor in form.tensors().items()
+    }
+    groups = [
+        {"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt()) + 1e-12}
+        for p in parameters.values()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    base = replace(form, inv_freq=form.inv_freq.float())
+    for _ in range(steps):
+        part = _rows(seen, next(order))
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            out = attention(replace(base, **parameters).expand(), part.x)
+        wrong = ((out.float() - part.y).square().sum(-1) * part.weights).sum()
+        loss = wrong / (part.y.square().sum(-1) * part.weights).sum().clamp_min(1e-30)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    dtypes = {name: tensor.dtype for name, tensor in form.tensors().items()}
+    return replace(form, **{name: p.detach().to(dtypes[name]) for name, p in parameters.items()})
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32's there."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _orders(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Endless batches of row numbers, every sequence once before any comes again."""
+    queue: list[int] = []
+    while True:
+        while len(queue) < size:
+            queue += torch.randperm(count, generator=generator).tolist()
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def _rows(seen: Activations, rows: list[int]) -> Activations:
+    return Activations(seen.x[rows], seen.y[rows], seen.weights[rows])

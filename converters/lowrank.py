@@ -1,0 +1,76 @@
+"""Weighted low-rank factorisation in closed form.
+
+Letters: M rows, D columns, r rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Eigenvalues of a moment below this share of the largest are raised to it: directions that the
+# calibration text never shows are then cheap, not free, and nothing is divided by zero.
+FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`up[:, :r] @ down[:r]` is the best rank-r approximation, for every r at once.
+
+    Args:
+        up: columns by falling importance.
+        down: rows by falling importance.
+        energy: weighted squared error that leaving out each component adds.
+    """
+
+    up: Float[Tensor, "M R"]
+    down: Float[Tensor, "R D"]
+    energy: Float[Tensor, " R"]
+
+
+def square_roots(
+    moment: Float[Tensor, "N N"], floor: float = FLOOR
+) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N N"]]:
+    """(S, S^-1) with S symmetric and S S = moment, its spectrum floored."""
+    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    if values[-1] <= 0:  # no data at all: every direction counts alike
+        eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        return eye, eye.clone()
+    root = values.clamp_min(values[-1] * floor).sqrt()
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def weighted_svd(
+    weight: Float[Tensor, "M D"],
+    left: Float[Tensor, "M M"],
+    right: Float[Tensor, "D D"],
+) -> Factors:
+    """The W' of every rank that minimises tr(left (W - W') right (W - W')^T).
+
+    With A = left^1/2 and C = right^1/2 the error is |A (W - W') C|_F^2, so the truncated singular
+    value decomposition of A W C gives the minimum (Eckart and Young 1936), and the error is the
+    sum of the squared singular values left out.
+
+    Args:
+        left: second moment of what multiplies the rows, such as a loss' gradients.
+        right: second moment of the input.
+    """
+    a, a_inverse = square_roots(left)
+    c, c_inverse = square_roots(right)
+    u, s, vh = torch.linalg.svd(a @ weight @ c, full_matrices=False)
+    u, vh = fix_signs(u, vh)
+    return Factors(up=a_inverse @ u * s, down=vh @ c_inverse, energy=s.square())
+
+
+def fix_signs(
+    u: Float[Tensor, "M R"], vh: Float[Tensor, "R D"]
+) -> tuple[Float[Tensor, "M R"], Float[Tensor, "R D"]]:
+    """The same decomposition with the largest entry of every column of u positive.
+
+    Singular vectors are unique only up to sign; two machines may differ in it.
+    """
+    largest = u.abs().argmax(0, keepdim=True)
+    sign = u.gather(0, largest).sign()
+    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+    return u * sign, vh * sign.mT

@@ -1,0 +1,177 @@
+"""The central object: attention as linear maps per head, and its naive reference.
+
+Letters: H query heads, G KV heads (H/G query heads share one), E width of a query and key head,
+V width of a value head, D hidden size, T tokens, P = E/2 pairs of a head.
+
+Pair f of a head is the complex number z_f = x_f + i x_{f+P} (Llama's layout); rotary position
+embedding (2104.09864) multiplies it by exp(i p theta_f) at position p, theta_f = `inv_freq[f]`.
+A frequency of 0 means "not rotated", so full, partial and no RoPE are one case.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """One attention layer: y = sum_h o_h softmax(scaling * Rot(q_h x) . Rot(k_g x)) v_g x.
+
+    Every form expands to it, so that one reference and one error measure serve them all.
+
+    Args:
+        q: query map of every head.
+        k: key map of every KV head.
+        v: value map of every KV head.
+        o: output map of every head.
+        inv_freq: radians per position of every pair of a query or key head.
+        scaling: what scores are multiplied with, a rotary attention factor included, so that a
+            change of E cannot change the softmax.
+        q_bias, k_bias, v_bias, o_bias: None for none.
+    """
+
+    q: Float[Tensor, "H E D"]
+    k: Float[Tensor, "G E D"]
+    v: Float[Tensor, "G V D"]
+    o: Float[Tensor, "D H V"]
+    inv_freq: Float[Tensor, " P"]
+    scaling: float
+    q_bias: Float[Tensor, "H E"] | None = None
+    k_bias: Float[Tensor, "G E"] | None = None
+    v_bias: Float[Tensor, "G V"] | None = None
+    o_bias: Float[Tensor, " D"] | None = None
+
+    def __post_init__(self) -> None:
+        heads, width, hidden = self.q.shape
+        groups, v_dim = self.v.shape[:2]
+        if heads % groups:
+            raise ValueError(f"{heads} query heads cannot share {groups} KV heads evenly.")
+        expected = {
+            "k": (groups, width, hidden),
+            "v": (groups, v_dim, hidden),
+            "o": (hidden, heads, v_dim),
+            "inv_freq": (width // 2,),
+            "q_bias": (heads, width),
+            "k_bias": (groups, width),
+            "v_bias": (groups, v_dim),
+            "o_bias": (hidden,),
+        }
+        if width % 2:
+            raise ValueError(f"qk_dim={width} is odd; pairs need an even width.")
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def repeats(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def qk_dim(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def v_dim(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.q.shape[2]
+
+    def to(self, *args, **kwargs) -> "AttentionMaps":
+        """The same maps with every tensor moved or cast, as `Tensor.to`."""
+        moved = {
+            name: value.to(*args, **kwargs)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def project(
+    x: Float[Tensor, "*batch D"],
+    weight: Float[Tensor, "H E D"],
+    bias: Float[Tensor, "H E"] | None = None,
+) -> Float[Tensor, "*batch H E"]:
+    """weight x + bias for every head."""
+    y = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return y.unflatten(-1, weight.shape[:2])
+
+
+def rotate(
+    x: Float[Tensor, "*batch E"], angles: Float[Tensor, "*angle_batch P"]
+) -> Float[Tensor, "*batch E"]:
+    """Every pair of x turned by its angle; `angles` broadcasts against the leading dimensions."""
+    re, im = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([re * cos - im * sin, im * cos + re * sin], dim=-1)
+
+
+def position_angles(
+    inv_freq: Float[Tensor, " P"], length: int, start: int = 0
+) -> Float[Tensor, "T P"]:
+    """Angle of every pair at positions start, start + 1, ..."""
+    positions = torch.arange(start, start + length, dtype=inv_freq.dtype, device=inv_freq.device)
+    return positions[:, None] * inv_freq
+
+
+def reference_attention(
+    maps: AttentionMaps, x: Float[Tensor, "T D"], positions: Float[Tensor, " T"] | None = None
+) -> Float[Tensor, "T D"]:
+    """The layer's output for one causal sequence, head by head, as it is defined; in x's dtype.
+
+    Slow and plain on purpose: what everything else is tested against.
+    """
+    maps = maps.to(x.dtype)
+    length = len(x)
+    if positions is None:
+        positions = torch.arange(length, dtype=x.dtype)
+    angles = positions[:, None] * maps.inv_freq
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    y = torch.zeros(length, maps.hidden, dtype=x.dtype)
+    if maps.o_bias is not None:
+        y = y + maps.o_bias
+    for h in range(maps.heads):
+        g = h // maps.repeats
+        q, k, v = x @ maps.q[h].T, x @ maps.k[g].T, x @ maps.v[g].T
+        if maps.q_bias is not None:
+            q = q + maps.q_bias[h]
+        if maps.k_bias is not None:
+            k = k + maps.k_bias[g]
+        if maps.v_bias is not None:
+            v = v + maps.v_bias[g]
+        scores = rotate(q, angles) @ rotate(k, angles).T * maps.scaling
+        y = y + scores.masked_fill(future, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
+    return y
+
+
+def attention(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """The same output for a batch of causal sequences, by the fused kernel and differentiable."""
+    angles = position_angles(maps.inv_freq.float(), x.shape[1])[:, None].to(x.device)
+    q = rotate(project(x, maps.q, maps.q_bias), angles).transpose(1, 2)  # [B, H, T, E]
+    k = rotate(project(x, maps.k, maps.k_bias), angles).transpose(1, 2)  # [B, G, T, E]
+    v = project(x, maps.v, maps.v_bias).transpose(1, 2)  # [B, G, T, V]
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    # The CPU's fused kernel wants keys and values of one width.
+    width = maps.qk_dim - maps.v_dim
+    if width > 0:
+        v = torch.nn.functional.pad(v, (0, width))
+    elif width < 0:
+        q, k = (torch.nn.functional.pad(z, (0, -width)) for z in (q, k))
+    heads = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=maps.scaling, enable_gqa=maps.repeats > 1
+    )
+    heads = heads[..., : maps.v_dim].transpose(1, 2).flatten(2)
+    return torch.nn.functional.linear(heads, maps.o.flatten(1), maps.o_bias)

@@ -1,0 +1,136 @@
+"""The source model run layer by layer, with one layer's weights in memory.
+
+Letters: N sequences, T tokens in each, D hidden size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .activations import Activations
+from .checkpoint import Source
+from .families import Family
+from .maps import AttentionMaps
+
+# Tokens sent through a layer at a time.
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass
+class LayerStream:
+    """Runs sequences through the source, a layer at a time.
+
+    Args:
+        source: the checkpoint.
+        family: where it keeps its layers.
+        tokens: calibration sequences.
+        device: where the layers run.
+        hidden: the residual stream entering the next layer; None before the first.
+    """
+
+    source: Source
+    family: Family
+    tokens: Int[Tensor, "N T"]
+    device: torch.device
+    hidden: Float[Tensor, "N T D"] | None = None
+    skeleton: PreTrainedModel = field(init=False, repr=False)
+    rotary: nn.Module = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        config = self.source.config
+        with torch.device("meta"):
+            self.skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation="sdpa", dtype=torch.float32
+            ).eval()
+        # Built off the meta device: its frequencies are computed, not loaded.
+        self.rotary = type(self.skeleton.base_model.rotary_emb)(config).to(self.device)
+
+    @property
+    def inv_freq(self) -> Float[Tensor, " P"]:
+        return self.rotary.inv_freq.double()
+
+    @property
+    def attention_factor(self) -> float:
+        return float(getattr(self.rotary, "attention_scaling", 1.0))
+
+    def maps(self, layer: int) -> AttentionMaps:
+        """The layer's attention, in float64."""
+        prefix = self.family.prefix(layer)
+        tensors = {
+            name.removeprefix(prefix): self.source.tensor(name).to(self.device)
+            for name in self.source.names()
+            if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+        }
+        return self.family.read(
+            self.source.config, tensors, self.inv_freq, self.attention_factor
+        )
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> Activations:
+        """Runs one layer, which must be the next one, and says what its attention saw and did."""
+        if self.hidden is None:
+            self.hidden = self._embed()
+        entering = self.hidden.clone()
+        module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
+        seen: list[tuple[Tensor, Tensor]] = []
+        attention = module.get_submodule(self.family.attention)
+        handle = attention.register_forward_hook(
+            lambda _, args, kwargs, out: seen.append(
+                ((args[0] if args else kwargs["hidden_states"]).cpu(), out[0].cpu())
+            ),
+            with_kwargs=True,
+        )
+        try:
+            for rows in self._rows():
+                batch = self.hidden[rows].to(self.device)
+                positions = torch.arange(batch.shape[1], device=self.device)[None]
+                out = module(
+                    batch,
+                    attention_mask=None,
+                    position_ids=positions,
+                    position_embeddings=self.rotary(batch, positions),
+                )
+                self.hidden[rows] = (out[0] if isinstance(out, tuple) else out).cpu()
+        finally:
+            handle.remove()
+            module.to("meta")
+        x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        weights = 1 / entering.add_(y).square().sum(-1).clamp_min(1e-12)
+        return Activations(x, y, weights)
+
+    def _rows(self) -> Iterator[slice]:
+        count, length = self.tokens.shape
+        step = max(1, TOKENS_AT_ONCE // length)
+        for start in range(0, count, step):
+            yield slice(start, start + step)
+
+    def _embed(self) -> Float[Tensor, "N T D"]:
+        base = self.skeleton.base_model
+        module = base.get_input_embeddings()
+        name = next(n for n, m in self.skeleton.named_modules() if m is module)
+        table = self.source.tensor(self._stored(f"{name}.weight")).float()
+        return nn.functional.embedding(self.tokens, table)
+
+    def _stored(self, name: str) -> str:
+        """A tied pair may be stored under either name."""
+        if name in self.source:
+            return name
+        return next(
+            other
+            for pair in self.skeleton.all_tied_weights_keys.items()
+            for other in pair
+            if name in pair and other in self.source
+        )
+
+    def _load(self, module: nn.Module, layer: int) -> nn.Module:
+        prefix = f"{self.family.layers}.{layer}."
+        weights = {
+            name: self.source.tensor(prefix + name).to(self.device, torch.float32)
+            for name in module.state_dict()
+        }
+        module.load_state_dict(weights, assign=True)
+        return module

@@ -1,0 +1,18 @@
+"""What a model is worth: perplexity, the bytes of its cache, and what it says.
+
+Importing this package makes rehead's own model classes known to transformers.
+"""
+
+from .cache import kv_bytes_per_token
+from .generation import continuation
+from .loading import load_model, load_tokenizer
+from .perplexity import Perplexity, perplexity
+
+__all__ = [
+    "Perplexity",
+    "continuation",
+    "kv_bytes_per_token",
+    "load_model",
+    "load_tokenizer",
+    "perplexity",
+]

@@ -1,0 +1,38 @@
+"""Hugging Face classes of the converted forms, registered with the Auto classes on import."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .llama_mla import LlamaMLAConfig, LlamaMLAForCausalLM, LlamaMLAModel
+from .mistral_mla import MistralMLAConfig, MistralMLAForCausalLM, MistralMLAModel
+from .mla import MLAAttention
+from .qwen2_mla import Qwen2MLAConfig, Qwen2MLAForCausalLM, Qwen2MLAModel
+
+__all__ = [
+    "MLA_CLASSES",
+    "LlamaMLAConfig",
+    "LlamaMLAForCausalLM",
+    "LlamaMLAModel",
+    "MLAAttention",
+    "MistralMLAConfig",
+    "MistralMLAForCausalLM",
+    "MistralMLAModel",
+    "Qwen2MLAConfig",
+    "Qwen2MLAForCausalLM",
+    "Qwen2MLAModel",
+]
+
+# By the source's model_type: config, model, model with a language head.
+MLA_CLASSES = {
+    "llama": (LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM),
+    "mistral": (MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM),
+    "qwen2": (Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM),
+}
+
+for _config, _model, _causal_lm in MLA_CLASSES.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _causal_lm)
+    # save_pretrained then copies the code beside the weights.
+    _config.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModel")
+    _causal_lm.register_for_auto_class("AutoModelForCausalLM")

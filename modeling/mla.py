@@ -1,0 +1,249 @@
+"""Multi-head latent attention on a GQA source: one cached latent a token, read by every head.
+
+B batch, T query tokens, S tokens in the cache, H query heads, g KV heads, r latent width, d_r width
+of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .rope_slots import SlotAngles, rotate, slot_scores
+
+
+class MLAAttention(nn.Module):
+    """Attention of queries [q_nope | q_rope] over keys and values read from a latent (2405.04434).
+
+    score = (q_nope . W_uk c + q_rope . k_rope) * head_dim ** -0.5 and value = W_uv c, with c the
+    latent and k_rope one rotated key for all heads. W_uk and W_uv (`kv_b_proj`) are held for the
+    g KV heads of the source; query head h reads those of KV head h // (H / g). There is no norm on
+    the latent, so a conversion of full rank is exact.
+
+    With `rope_on_read` there is no k_rope: the latent is cached, and W_uk c is rotated by the
+    token's slot when it is read. Positions given with a cache must then be contiguous.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.kv_lora_rank, self.qk_rope_head_dim = config.layer_dims(layer_idx)
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.q_bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(
+                config.q_lora_rank, heads * self.qk_head_dim, bias=config.q_bias
+            )
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
+        )
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank,
+            config.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim),
+            bias=config.kv_b_bias,
+        )
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+        # Not saved: MLAModelMixin._init_weights fills it after a load in meta mode.
+        self.rope_index = nn.Buffer(self.make_rope_index(), persistent=False)
+
+    def make_rope_index(self) -> torch.Tensor:
+        """The frequency index of each rotated component, [d_r / 2]."""
+        return torch.tensor(self.config.layer_rope_pairs(self.layer_idx), dtype=torch.long)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block's output [B, T, hidden], and the attention weights where they were made."""
+        batch, length = hidden_states.shape[:2]
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_proj(hidden_states))
+        # [B, H, T, n + d_r]
+        query = query.view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
+        cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
+        if self.qk_rope_head_dim:
+            cos, sin = (x.index_select(-1, self.rope_index) for x in position_embeddings[:2])
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, d_r / 2]
+            query, cached = self._rotate_tail(query, cos, sin), self._rotate_tail(cached, cos, sin)
+
+        slots = None
+        if past_key_values is not None:
+            if self.config.rope_on_read:
+                seen = past_key_values.get_seq_length(self.layer_idx)
+                slots = torch.arange(length, device=hidden_states.device) + seen
+            # The latent serves keys and values alike, so the cache's values stay empty.
+            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+        if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
+            output, weights = self._absorbed(
+                query, cached, attention_mask, slots, position_embeddings[2]
+            )
+        else:
+            output, weights = self._expanded(
+                query, cached, attention_mask, slots, position_embeddings, **kwargs
+            )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _rotate_tail(self, x, cos, sin):
+        """x with its last d_r dimensions rotated."""
+        still, turning = x.split([x.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], -1)
+        return torch.cat((still, rotate(turning, cos, sin)), dim=-1)
+
+    def _expanded(self, query, cached, mask, slots, position_embeddings, **kwargs):
+        """Attention [B, T, H, v] over keys and values formed for every cached token.
+
+        `kv_b_proj` is called, not read, so adapters, quantised weights and gradients all count.
+        """
+        latent, rope_key = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        batch, _, total, _ = cached.shape
+        pair = self.kv_b_proj(latent.squeeze(1)).view(
+            batch, total, -1, self.qk_nope_head_dim + self.v_head_dim
+        )
+        key, value = pair.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        scaling = self.scaling
+        if self.config.rope_on_read:
+            cos, sin, angles = position_embeddings
+            if slots is None:
+                cos, sin = (x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
+                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            else:
+                query = rotate(query, *angles.at(slots))
+                key = rotate(key, *angles.table(total, key.device))
+                scaling = scaling * angles.score_scaling
+        elif self.qk_rope_head_dim:
+            key = torch.cat((key, rope_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=scaling,
+            **kwargs,
+        )
+
+    def _can_absorb(self, length: int, cached: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether W_uk and W_uv may, and should, be folded into the query and the output."""
+        layer, on_read = self.kv_b_proj, self.config.rope_on_read
+        if self.training or torch.is_grad_enabled():
+            return False
+        # An adapter, a quantised or sharded or offloaded weight, autocast or a hook: what
+        # kv_b_proj(x) gives is then not a product with its weight.
+        weight = layer.weight if type(layer) is nn.Linear else None
+        if type(weight) is not nn.Parameter or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        if (weight.dtype, weight.device) != (cached.dtype, cached.device):
+            return False
+        if mask is None:
+            if length > 1:  # the attention function is to apply the causal mask
+                return False
+        elif mask.dim() != 4 or mask.shape[1] != 1:
+            return False
+        # A compiler fuses the rotation into the product that forms the keys; leave it whole.
+        if on_read and torch.compiler.is_compiling():
+            return False
+        # Multiply-adds of both ways. Absorbed, a score costs r + d_r and a value r for each head,
+        # and the folds r (n + v) for each query; expanded, forming keys and values costs r (n + v)
+        # for each cached token and KV head, but a score only n + d_r and a value v. On read, keys
+        # are formed either way, and the absorbed scores read the keys of all g KV heads.
+        r, rotated, n, v = (
+            self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim
+        )  # fmt: skip
+        total, groups = cached.shape[2], layer.out_features // (n + v)
+        queries = length * groups * self.num_key_value_groups
+        expanded = total * groups * r * (n + v) + queries * total * (n + rotated + v)
+        if on_read:
+            absorbed = total * groups * r * n + queries * (total * (groups * n + r) + r * v)
+        else:
+            absorbed = queries * (r * (n + v) + total * (2 * r + rotated))
+        return absorbed < expanded
+
+    def _absorbed(self, query, cached, mask, slots, angles):
+        """Attention [B, T, H, v] with every head's query against the cache itself.
+
+        (W_uk c) . q = c . (W_uk' q), and sum_s a_s W_uv c_s = W_uv sum_s a_s c_s: heads share one
+        key and one value, the cached row, and nothing as large as the cache is formed or copied.
+        """
+        batch, heads, length, _ = query.shape
+        r, n = self.kv_lora_rank, self.qk_nope_head_dim
+        per_head = n + self.v_head_dim
+        weight = self.kv_b_proj.weight.view(-1, per_head, r)  # [g, n + v, r]
+        bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(-1, per_head)
+        groups, rows = weight.shape[0], cached.squeeze(1)  # [B, S, r + d_r]
+        weights = None
+        if self.config.rope_on_read:
+            key_bias = None if bias is None else bias[:, :n]
+            scores = slot_scores(query, rows, weight[:, :n], key_bias, slots, angles)
+            scores = scores.view(batch, heads, length, -1) * (self.scaling * angles.score_scaling)
+            weights = self._softmax(scores, mask, query.dtype)
+        else:
+            # The keys' bias adds the same to all scores of a query, which softmax cannot see.
+            free = query[..., :n].unflatten(1, (groups, -1))
+            free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n])
+            query = torch.cat((free.flatten(1, 2), query[..., n:]), dim=-1)
+            if self.config._attn_implementation == "eager":
+                scores = (query.flatten(1, 2) @ rows.transpose(1, 2)) * self.scaling
+                weights = self._softmax(scores.view(batch, heads, length, -1), mask, query.dtype)
+        if weights is None:
+            # Tokens stand where heads would, so the mask needs no copy for each head. The whole row
+            # is the value too: equal widths take the fused kernel, and the excess is cut off.
+            shared = cached.expand(-1, length, -1, -1)
+            mixed = nn.functional.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                shared,
+                shared,
+                attn_mask=None if mask is None else mask.transpose(1, 2),
+                scale=self.scaling,
+            )
+            mixed = mixed[..., :r].transpose(1, 2)  # [B, H, T, r]
+        else:
+            mixed = (weights.flatten(1, 2) @ rows[..., :r]).view(batch, heads, length, r)
+        output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), weight[:, n:])
+        if bias is not None:
+            output = output + bias[:, None, n:]
+        return output.flatten(2, 3), weights
+
+    @staticmethod
+    def _softmax(scores, mask, dtype):
+        """softmax of scores [B, H, T, S] under a boolean or additive mask, in fp32 or wider."""
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return nn.functional.softmax(scores, dim=-1, dtype=wide).to(dtype)
+
+
+class MLAModelMixin(PreTrainedModel):
+    """What a family's MLA classes need beyond the family's own."""
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MLAAttention):
+            init.copy_(module.rope_index, module.make_rope_index())
+
+
+def recorded_outputs(decoder_layer: type[nn.Module]) -> dict[str, type[nn.Module]]:
+    """Where `output_hidden_states` and `output_attentions` are recorded."""
+    return {"hidden_states": decoder_layer, "attentions": MLAAttention}

@@ -1,0 +1,127 @@
+"""Rotation of keys when they are read: angles by cache slot, and scores without a stored key.
+
+S slots in the cache, T query tokens, H query heads, g KV heads, d head_dim, f = d / 2 frequencies.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# Keys formed at a time while decoding. On a CPU they stay in its cache from the product that forms
+# them to the one that reads them; a GPU is bound by launches and takes more.
+CPU_CHUNK, GPU_CHUNK = 1024, 16384
+
+
+class SlotAngles:
+    """cos and sin of slot * inv_freq, made once a forward pass and shared by its layers.
+
+    RoPE depends on differences of positions alone, and the tokens of a sequence are contiguous in
+    the cache whatever the padding to their left, so the slot serves as position.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, attention_scaling: float):
+        self.inv_freq = inv_freq
+        # RoPE types such as YaRN multiply both the query and the key by it.
+        self.score_scaling = attention_scaling**2
+        self._tables: dict[tuple, Any] = {}  # by length and device
+
+    def at(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [..., f] at slots [...]."""
+        # fp32 leaves 4e-4 rad of error in the angles of a context of 16k.
+        precise = torch.float32 if slots.device.type == "mps" else torch.float64
+        angles = slots[..., None].to(precise) * self.inv_freq.to(slots.device, precise)
+        return angles.cos().float(), angles.sin().float()
+
+    def table(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [length, f] at slots 0 to length - 1: two short tables and the sum formulas."""
+        # As a key, a length would be a constant to a compiler, and each longer cache another graph.
+        if torch.compiler.is_compiling():
+            return self._make_table(length, device)
+        key = (length, device)
+        if key not in self._tables:
+            self._tables[key] = self._make_table(length, device)
+        return self._tables[key]
+
+    def _make_table(self, length, device):
+        step = 64
+        cos_o, sin_o = (x[:, None] for x in self.at(torch.arange(0, length, step, device=device)))
+        cos_i, sin_i = self.at(torch.arange(step, device=device))
+        cos = (cos_o * cos_i - sin_o * sin_i).flatten(0, 1)[:length]
+        sin = (sin_o * cos_i + cos_o * sin_i).flatten(0, 1)[:length]
+        return cos, sin
+
+    def phases(self, length: int, groups: int, device: torch.device) -> torch.Tensor:
+        """exp(i angle) [length, g, f] at slots 0 to length - 1, laid out for every KV head."""
+        key = (length, groups, device)
+        if key not in self._tables:
+            phase = torch.complex(*self.table(length, device))
+            self._tables[key] = phase[:, None].expand(-1, groups, -1).contiguous()
+        return self._tables[key]
+
+
+class SlotRotaryMixin(nn.Module):
+    """A family's rotary embedding that also hands its frequencies to the attention layers."""
+
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        return cos, sin, SlotAngles(self.inv_freq, self.attention_scaling)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [..., 2n], real parts then imaginary parts, turned by the angles of cos, sin [..., n]."""
+    real, imag = x.chunk(2, dim=-1)
+    return torch.cat((real * cos - imag * sin, imag * cos + real * sin), dim=-1).to(x.dtype)
+
+
+def slot_scores(
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    angles: SlotAngles,
+) -> torch.Tensor:
+    """Unscaled scores [B, H * T, S] of query [B, H, T, d] at `slots` [T] against rotated keys.
+
+    Key s of KV head g is Rot_s (weight_g latent_s + bias_g), weight [g, d, r], bias [g, d]. Keys
+    are formed for a chunk of slots and for the KV heads alone, and turned in place, as complex
+    numbers, by their offset within the chunk; the query is turned by the rest of the angle, once a
+    chunk. A query matrix with a block for each KV head reads the chunk as it lies, uncopied.
+    """
+    batch, heads, length, dim = query.shape
+    groups, _, rank = weight.shape
+    total, device = latent.shape[1], latent.device
+    work = torch.promote_types(latent.dtype, torch.float32)
+    size = min(total, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+    starts = torch.arange(0, total, size, device=device)
+
+    # Pairs side by side, as complex numbers lie in memory.
+    rows = weight.view(groups, 2, dim // 2, rank).transpose(1, 2).reshape(groups * dim, rank)
+    offset = None
+    if bias is not None:
+        offset = bias.view(groups, 2, dim // 2).transpose(1, 2).reshape(groups * dim)
+    phase = angles.phases(size, groups, device)
+
+    cos, sin = angles.at(slots - starts[:, None])  # [chunks, T, f]
+    turned = torch.complex(*query.to(work).chunk(2, dim=-1))
+    turned = turned * torch.complex(cos, sin)[:, None, None]
+    turned = torch.view_as_real(turned).flatten(-2)  # [chunks, B, H, T, d]
+    blocks = turned.new_zeros(len(starts), batch, groups, heads // groups, length, groups, dim)
+    for group in range(groups):
+        members = slice(group * (heads // groups), (group + 1) * (heads // groups))
+        blocks[:, :, group, :, :, group] = turned[:, :, members]
+    blocks = blocks.view(len(starts), batch, heads * length, groups * dim).transpose(2, 3)
+
+    scores = latent.new_empty(batch, heads * length, total, dtype=work)
+    for chunk, start in enumerate(range(0, total, size)):
+        part = latent[:, start : start + size]
+        keys = nn.functional.linear(part.flatten(0, 1), rows, offset).to(work)
+        pairs = torch.view_as_complex(keys.view(batch, -1, groups, dim // 2, 2))
+        pairs.mul_(phase[: pairs.shape[1]])
+        keys = keys.view(batch, -1, groups * dim)
+        scores[..., start : start + size] = torch.bmm(keys, blocks[chunk]).transpose(1, 2)
+    return scores

@@ -1,0 +1,350 @@
+"""The command line, through its console scripts and in the process."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import pytest
+import typer
+
+from rehead.cli import main
+from rehead.cli.convert import default_output
+from rehead.converters.errors import InputError
+
+SCRIPTS = Path(sys.executable).parent
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+# Scripts depend on these; a name may be added and never lost.
+CONVERT_OPTIONS = {
+    "--to",
+    "--output",
+    "--kv-budget",
+    "--kv-lora-rank",
+    "--qk-rope-head-dim",
+    "--q-lora-rank",
+    "--rope",
+    "--native",
+    "--calibration",
+    "--samples",
+    "--heal",
+    "--seed",
+    "--dtype",
+    "--device",
+    "--dry-run",
+    "--resume",
+    "--force",
+    "--json",
+}
+EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
+
+
+def script(name, *args, **options):
+    command = [SCRIPTS / name, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def run(capsys, *args, command="rehead"):
+    """Exit code, stdout and stderr of a command run in this process."""
+    app = main.app if command == "rehead" else main.convert_app
+    code = main.run(app, command, [str(arg) for arg in args])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model's folder and a text."""
+    path = tmp_path_factory.mktemp("inputs")
+    folders.save(path / "tiny")
+    (path / "text.txt").write_text(TEXT)
+    return path / "tiny", path / "text.txt"
+
+
+def options_of(help_text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_text))
+
+
+def test_the_options_are_those_that_scripts_depend_on():
+    wide = os.environ | {"COLUMNS": "200"}
+    shown = script("convert", "--help", env=wide)
+    assert shown.returncode == 0
+    assert options_of(shown.stdout) == CONVERT_OPTIONS | {"--help"}
+    same = script("rehead", "convert", "--help", env=wide)
+    assert options_of(same.stdout) == options_of(shown.stdout)
+    shown = script("rehead", "evaluate", "--help", env=wide)
+    assert options_of(shown.stdout) == EVALUATE_OPTIONS | {"--help"}
+    shown = script("rehead", "--version")
+    assert re.fullmatch(r"rehead \d+\.\d+\.\d+\S*\n", shown.stdout)
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from rehead.cli import main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_evaluate_reports_one_json_object(inputs):
+    model, text = inputs
+    done = script(
+        *("rehead", "evaluate", model, "--text", text),
+        *("--window", 64, "--windows", 5, "--compare", model, "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["tokens"] == 5 * 63
+    assert (result["window"], result["windows"], result["dtype"]) == (64, 5, "float32")
+    assert result["kv_bytes_per_token"] == 2 * (2 * 2 * 8) * 4
+    assert result["perplexity"] == result["compare"]["perplexity"] > 1
+
+
+def test_evaluate_shows_a_table(inputs, capsys):
+    model, text = inputs
+    code, out, _ = run(capsys, "evaluate", model, "--text", text, "--window", 64, "--windows", 2)
+    assert code == 0
+    assert "perplexity" in out
+    assert "256 B" in out
+
+
+MISTAKES = {
+    "unknown command": (["evalute"], "Did you mean 'evaluate'"),
+    "unknown option": (["evaluate", "{model}", "--txt", "x"], "--text"),
+    "no text": (["evaluate", "{model}"], "Missing option '--text'"),
+    "no model": (["evaluate", "--text", "{text}"], "Missing argument 'DIR'"),
+    "window of one": (["evaluate", "{model}", "--text", "{text}", "--window", "1"], "--window"),
+    "window too long": (["evaluate", "{model}", "--text", "{text}", "--window", "9999"], "1800"),
+    "no such text": (["evaluate", "{model}", "--text", "no.txt"], "no.txt: no such file"),
+    "no such model": (["evaluate", "./no", "--text", "{text}"], "no such file or folder"),
+    "no such device": (
+        ["evaluate", "{model}", "--text", "{text}", "--device", "cuda:9"],
+        "cuda:9 cannot be used",
+    ),
+    "no such dtype": (["evaluate", "{model}", "--text", "{text}", "--dtype", "fp3"], "fp3"),
+    "no form": (["convert", "{model}"], "Missing option '--to'"),
+    "near form": (["convert", "{model}", "--to", "mal"], "Did you mean mla?"),
+    "near rope": (["convert", "{model}", "--to", "mla", "--rope", "decopled"], "mean decoupled?"),
+    "bad steps": (["convert", "{model}", "--to", "mla", "--heal", "-1"], "--heal"),
+    "no number": (["convert", "{model}", "--to", "mla", "--samples", "few"], "--samples"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(case, inputs, capsys):
+    args, message = MISTAKES[case]
+    places = {"model": str(inputs[0]), "text": str(inputs[1])}
+    code, out, err = run(capsys, *(arg.format(**places) for arg in args))
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert out == ""
+    assert last.startswith("rehead: ")
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_a_mistake_reaches_the_shell_as_exit_code_2(inputs):
+    done = script("rehead", "evaluate", inputs[0], "--text", "no.txt", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rehead: no.txt: no such file.\n"
+
+
+def test_no_arguments_show_the_help(capsys):
+    code, out, err = run(capsys)
+    assert code == 2
+    assert "evaluate" in out + err
+    assert "rehead: \n" not in err
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a conversion returns, as far as the command line uses it."""
+
+    output: Path | None
+    seconds: float = 61.0
+    peak_rss_bytes: int = 3 << 30
+    kv_bytes_per_token: dict = dataclasses.field(
+        default_factory=lambda: {"source": 1000, "converted": 500}
+    )
+    layers: list = dataclasses.field(
+        default_factory=lambda: [{"layer": 0, "error": 0.01}, {"layer": 1, "error": float("nan")}]
+    )
+    plan: dict = dataclasses.field(default_factory=lambda: {"kv_lora_rank": 12})
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+@pytest.fixture
+def conversion(monkeypatch):
+    """Stands in for the conversion: records its arguments, and does what `act` says."""
+    import rehead.converters
+
+    calls = []
+
+    class Recorder:
+        act = None
+
+        def __call__(self, model, **options):
+            calls.append((model, options))
+            if self.act:
+                self.act(options)
+            return Done(None if options["dry_run"] else options["output"])
+
+    recorder = Recorder()
+    recorder.calls = calls
+    monkeypatch.setattr(rehead.converters, "convert", recorder)
+    return recorder
+
+
+def test_options_reach_the_conversion(conversion, capsys):
+    code, _, _ = run(capsys, "convert", "a/llama-7b", "--to", "mla")
+    assert code == 0
+    model, defaults = conversion.calls.pop()
+    assert model == "a/llama-7b"
+    defaults.pop("progress")
+    assert defaults == {
+        **dict.fromkeys(("calibration", "samples", "heal", "dtype")),
+        **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")),
+        **dict.fromkeys(("native", "dry_run", "resume", "force"), False),
+        **{"to": "mla", "output": Path("llama-7b-mla"), "kv_budget": "50%"},
+        **{"rope": "decoupled", "seed": 0, "device": "cpu"},
+    }
+    given = {
+        **{"output": Path("x"), "kv_budget": "33%", "calibration": "c.txt", "samples": 8},
+        **{"heal": 0, "rope": "on-read", "seed": 7, "dtype": "bfloat16", "device": "cuda"},
+        **{"kv_lora_rank": 96, "qk_rope_head_dim": 0, "q_lora_rank": 64},
+    }
+    flags = ("native", "dry_run", "resume", "force")
+    args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    args += [f"--{flag.replace('_', '-')}" for flag in flags]
+    code, out, _ = run(capsys, "m", "--to", "mla", *args, command="convert")
+    assert code == 0
+    assert "nothing was written" in out
+    _, options = conversion.calls.pop()
+    options.pop("progress")
+    assert options == {"to": "mla", **given, **dict.fromkeys(flags, True)}
+
+
+def test_json_is_all_that_stands_on_stdout(conversion, capsys):
+    def act(options):
+        print("a library's chatter")
+        for done in (0, 1, 2):
+            options["progress"]("layers", done, 2, {"error": 0.5})
+
+    conversion.act = act
+    code, out, err = run(capsys, "m", "--to", "mla", "--json", command="convert")
+    assert code == 0
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert result["output"] == "m-mla"
+    assert result["layers"][1]["error"] is None  # JSON has no NaN
+    assert "a library's chatter" in err
+    assert "layers" in err
+    code, out, _ = run(capsys, "m", "--to", "mla", command="convert")
+    assert "1000 B -> 500 B (50.0%)" in out
+    assert "1 min 1 s, 3.00 GiB" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (InputError("kv_budget=3 is too much.\nUse 1."), 2, "kv_budget=3 is too much. Use 1."),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (typer.Abort(), 130, "interrupted"),
+        (ValueError("a\nfault"), 1, "internal error: ValueError: a fault.*REHEAD_DEBUG=1"),
+    ],
+)
+def test_errors_become_exit_codes(error, code, told, conversion, capsys, monkeypatch):
+    monkeypatch.delenv("REHEAD_DEBUG", raising=False)
+
+    def act(options):
+        raise error
+
+    conversion.act = act
+    found, _, err = run(capsys, "convert", "m", "--to", "mla")
+    assert found == code
+    assert re.search(f"^rehead: {told}", err, re.MULTILINE)
+    assert "Traceback" not in err
+
+
+def test_a_fault_shows_its_traceback_when_asked(conversion, capsys, monkeypatch):
+    def act(options):
+        raise ValueError("a fault")
+
+    conversion.act = act
+    monkeypatch.setenv("REHEAD_DEBUG", "1")
+    with pytest.raises(ValueError, match="a fault"):
+        run(capsys, "convert", "m", "--to", "mla")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("llama-7b", "llama-7b-mla"),
+        ("meta/llama-7b", "llama-7b-mla"),
+        ("/models/llama-7b/", "llama-7b-mla"),
+        ("../x.Q4_1.gguf", "x.Q4_1-mla"),
+    ],
+)
+def test_the_output_is_named_after_the_model(model, expected, tmp_path, monkeypatch):
+    assert default_output(model, "mla") == Path(expected)
+    monkeypatch.chdir(tmp_path)
+    assert default_output(".", "mla") == Path(f"{tmp_path.name}-mla")
+
+
+def test_a_terminated_process_leaves_nothing_half_written(tmp_path):
+    """The console script's own signal handling around a writer that is at work."""
+    code = (
+        "import sys, time, torch\n"
+        "import rehead.converters\n"
+        "from rehead.cli import main\n"
+        "from rehead.converters.checkpoint import Writer\n"
+        "def convert(model, **options):\n"
+        "    with Writer(sys.argv[1]) as writer:\n"
+        "        writer.add('w', torch.ones(4))\n"
+        "        print('at work', file=sys.stderr, flush=True)\n"
+        "        time.sleep(60)\n"
+        "rehead.converters.convert = convert\n"
+        "sys.argv[1:] = [sys.argv[1], '--to', 'mla']\n"
+        "main.convert_main()\n"
+    )
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        command = [sys.executable, "-c", code, tmp_path / "model"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert any("at work" in line for line in process.stderr)
+            assert list(tmp_path.iterdir())
+            process.send_signal(number)
+            assert process.wait(20) == expected
+        assert not list(tmp_path.iterdir())
+
+
+def test_convert_writes_a_folder_that_evaluate_measures(inputs, tmp_path):
+    """Both console scripts on a real folder; the numbers reported are those of the model."""
+    model, _ = inputs
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    args = ["--to", "mla", "--heal", 0, "--samples", 4, "--calibration", "text.txt", "--json"]
+    done = script("convert", model, *args, "--kv-budget", "50%", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["output"], report["form"], report["kv_budget"]) == ("tiny-mla", "mla", 0.5)
+    assert report["kv_bytes_per_token"]["source"] == 2 * (2 * 2 * 8) * 4
+    assert report["kv_bytes_per_token"]["converted"] <= report["kv_bytes_per_token"]["source"] / 2
+    assert report["seconds"] > 0
+    assert report["peak_rss_bytes"] > 1 << 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt", "tiny-mla"]
+
+    measured = script(
+        *("rehead", "evaluate", "tiny-mla", "--text", "text.txt"),
+        *("--window", 64, "--windows", 2, "--json"),
+        cwd=tmp_path,
+    )
+    assert measured.returncode == 0, measured.stderr
+    found = json.loads(measured.stdout)
+    assert found["kv_bytes_per_token"] == report["kv_bytes_per_token"]["converted"]
+    assert found["perplexity"] > 1
+
+    again = script("rehead", "convert", model, *args, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "--force" in again.stderr.splitlines()[-1]

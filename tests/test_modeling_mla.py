@@ -1,0 +1,589 @@
+"""The MLA classes against a naive fp64 reference, the stock classes, and themselves."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+from rehead.modeling import (
+    LlamaMLAConfig,
+    MistralMLAConfig,
+    MLAAttention,
+    Qwen2MLAConfig,
+    rope_slots,
+)
+from rehead.modeling import mla as mla_module
+
+FAMILIES, FORMS = list(tiny.MLA), list(tiny.FORMS)
+UNEVEN = {
+    "decoupled": dict(
+        kv_lora_rank_per_layer=[12, 5],
+        qk_rope_head_dim_per_layer=[6, 0],
+        rope_pairs=[[3, 0, 0], []],
+    ),
+    "on_read": dict(kv_lora_rank_per_layer=[5, 12]),
+}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def left_padding(ids) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    return mask
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest error relative to the largest entry."""
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+
+
+def turn(vector: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """[real parts | imaginary parts] as complex numbers, times exp(i angles)."""
+    n = len(angles)
+    z = torch.complex(vector[:n], vector[n:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((z.real, z.imag))
+
+
+def naive(
+    attn: MLAAttention, x: torch.Tensor, inv_freq: torch.Tensor, twist: str = ""
+) -> torch.Tensor:
+    """The block's output [T, hidden] on x [T, hidden], one head and one pair of tokens at a time.
+
+    `twist` breaks one thing on purpose: "frequency", "heads" or "scaling".
+    """
+    c, f = attn.config, copy.deepcopy(attn).double()
+    x, inv_freq = x.double(), inv_freq.double()
+    heads, groups = c.num_attention_heads, c.num_key_value_heads
+    r, n, v = f.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
+    q = f.q_proj(x) if c.q_lora_rank is None else f.q_b_proj(f.q_a_proj(x))
+    q = q.view(len(x), heads, -1)
+    a = f.kv_a_proj_with_mqa(x)
+    b = f.kv_b_proj(a[:, :r]).view(len(x), groups, n + v)
+    shared = inv_freq if c.rope_on_read else inv_freq[c.layer_rope_pairs(f.layer_idx)]
+    if twist == "frequency":
+        shared = shared.roll(1) if c.rope_on_read else inv_freq[: len(shared)].flip(0)
+    scale = 1.0 if twist == "scaling" else c.head_dim**-0.5
+    out = []
+    for t in range(len(x)):
+        parts = []
+        for h in range(heads):
+            g = h % groups if twist == "heads" else h // (heads // groups)
+            scores = []
+            for s in range(t + 1):
+                if c.rope_on_read:
+                    score = turn(q[t, h], t * shared) @ turn(b[s, g, :n], s * shared)
+                else:
+                    score = q[t, h, :n] @ b[s, g, :n]
+                    score = score + turn(q[t, h, n:], t * shared) @ turn(a[s, r:], s * shared)
+                scores.append(score * scale)
+            parts.append(torch.stack(scores).softmax(0) @ b[: t + 1, g, n:])
+        out.append(torch.cat(parts))
+    return f.o_proj(torch.stack(out))
+
+
+def block_output(model, layer_idx: int, x: torch.Tensor, implementation: str) -> torch.Tensor:
+    """The attention block's own output on x [1, T, hidden], without a cache."""
+    model.set_attn_implementation(implementation)
+    length = x.shape[1]
+    mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+    rope = model.model.rotary_emb(x, torch.arange(length)[None])
+    return model.model.layers[layer_idx].self_attn(x, rope, mask)[0]
+
+
+CASES = [
+    ("decoupled", {}),
+    ("decoupled", tiny.BIASES | dict(q_lora_rank=7)),
+    ("decoupled", UNEVEN["decoupled"]),
+    ("on_read", {}),
+    ("on_read", tiny.BIASES | UNEVEN["on_read"] | dict(q_lora_rank=7)),
+]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("form", "fields"), CASES)
+@torch.no_grad()
+def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementation):
+    model = tiny.mla(form=form, **fields)
+    inv_freq = model.model.rotary_emb.inv_freq
+    for layer_idx, layer in enumerate(model.model.layers):
+        x = torch.randn(1, 7, 32)
+        got = block_output(model, layer_idx, x, implementation)[0]
+        assert error(got, naive(layer.self_attn, x[0], inv_freq)) < 2e-6
+        for twist in ("frequency", "heads", "scaling"):
+            if twist == "frequency" and not (form == "on_read" or layer.self_attn.qk_rope_head_dim):
+                continue
+            assert error(got, naive(layer.self_attn, x[0], inv_freq, twist)) > 1e-2
+
+
+def step_by_step(model, ids, mask, first: int, sizes: list[int], cache=None) -> torch.Tensor:
+    """Logits of a prefill of `first` tokens and then steps of `sizes`, through the cache."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits, start = [], 0
+    for size in (first, *sizes):
+        at = slice(start, start + size)
+        out = model(
+            ids[:, at],
+            attention_mask=mask[:, : at.stop],
+            position_ids=positions[:, at],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, start = out.past_key_values, at.stop
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("rope_type", list(tiny.ROPE_TYPES))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, left_padding):
+    """Every pair of every head kept is the identity, for any kind of RoPE, cached or not."""
+    stock = tiny.source(family, rope_parameters=tiny.ROPE_TYPES[rope_type])
+    ours = tiny.exact(stock, family, form)
+    positions = (left_padding.cumsum(-1) - 1).clamp(min=0)
+    want = stock(ids, attention_mask=left_padding, position_ids=positions).logits
+    real = left_padding.bool()
+    assert (
+        error(
+            ours(ids, attention_mask=left_padding, position_ids=positions).logits[real], want[real]
+        )
+        < 1e-5
+    )
+    cached = step_by_step(ours, ids, left_padding, 15, [1, 1, 3])
+    assert error(cached[real], want[real]) < 1e-5
+    if rope_type == "longrope":  # past the length at which the long factors take over
+        long = ids.repeat(1, 2)
+        assert error(ours(long).logits, stock(long).logits) < 1e-5
+        short = tiny.source(family, rope_parameters=tiny.ROPE_TYPES["default"])
+        short.load_state_dict(stock.state_dict())
+        assert error(ours(long).logits, short(long).logits) > 1e-2
+
+
+def absorb(monkeypatch, always: bool):
+    """Take one path always, except that a causal mask left to the attention function needs it."""
+    monkeypatch.setattr(
+        MLAAttention,
+        "_can_absorb",
+        lambda self, length, cached, mask: always and (length == 1 or mask is not None),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("form", "fields"), CASES)
+@torch.no_grad()
+def test_cached_steps_equal_the_full_forward(
+    form, fields, implementation, ids, left_padding, monkeypatch
+):
+    model = tiny.mla(form=form, **fields)
+    model.set_attn_implementation(implementation)
+    real = left_padding.bool()
+    positions = (left_padding.cumsum(-1) - 1).clamp(min=0)
+    want = model(ids, attention_mask=left_padding, position_ids=positions, use_cache=False).logits[
+        real
+    ]
+    assert error(step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real], want) < 1e-5
+    absorb(monkeypatch, False)
+    assert error(step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real], want) < 1e-5
+    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 3)
+    absorb(monkeypatch, True)
+    got = step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real]
+    assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_absorbed_long_context_equals_expanded(form, monkeypatch):
+    """Over several chunks of keys and thousands of slots."""
+    model = tiny.mla(form=form, num_hidden_layers=1, rope_pairs=None, max_position_embeddings=4096)
+    ids = torch.randint(3, 61, (1, 2500))
+    prefill = model(ids[:, :-1])
+    got = model(ids[:, -1:], past_key_values=copy.deepcopy(prefill.past_key_values)).logits
+    absorb(monkeypatch, False)
+    want = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
+    assert not torch.equal(got, want)  # two ways were taken
+    assert error(got, want) < 1e-5
+
+
+@torch.no_grad()
+def test_wrong_slot_shows(ids, monkeypatch):
+    """The twin of the two tests above: a query one slot off must fail their tolerance."""
+    model, ones = tiny.mla(form="on_read"), torch.ones_like(ids)
+    want = model(ids, use_cache=False).logits
+    right = rope_slots.slot_scores
+    monkeypatch.setattr(
+        mla_module,
+        "slot_scores",
+        lambda *args: right(*args[:4], args[4] + 1, args[5]),
+    )
+    assert error(step_by_step(model, ids, ones, 14, [1] * 6), want) > 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers any operation wrote to new memory."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        owned = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in owned:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
+    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 64)
+    model = tiny.mla(form=form)
+    attn, length = model.model.layers[0].self_attn, 1000
+    rows = torch.randn(2, 1, length, sum(model.config.layer_dims(0)))
+
+    class Full:
+        def get_seq_length(self, layer_idx):
+            return length - 1
+
+        def update(self, keys, values, layer_idx):
+            return rows, rows[..., :0]
+
+    x = torch.randn(2, 1, 32)
+    rope = model.model.rotary_emb(x, torch.tensor([[length - 1]]))
+    with Largest() as absorbed:
+        attn(x, rope, None, Full())
+    absorb(monkeypatch, False)
+    with Largest() as expanded:
+        attn(x, rope, None, Full())
+    # The scores, heads * length, are all there is.
+    assert absorbed.numel <= 2 * 4 * length < rows.numel() <= expanded.numel
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_cache_holds_the_latent_and_the_rotated_key_alone(form, ids):
+    model = tiny.mla(form=form, **UNEVEN[form])
+    cache = model(ids).past_key_values
+    for i, layer in enumerate(cache.layers):
+        held = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
+        assert held == ids.numel() * sum(model.config.layer_dims(i)) * 4
+
+
+GENERATE = [
+    dict(do_sample=False),
+    dict(do_sample=True, temperature=0.7),
+    dict(num_beams=3, do_sample=False),
+    dict(do_sample=False, cache_implementation="static"),
+]
+
+
+@pytest.mark.parametrize("options", GENERATE, ids=["greedy", "sample", "beams", "static"])
+@pytest.mark.parametrize("form", FORMS)
+def test_generate_agrees_with_and_without_cache(form, options, ids, left_padding):
+    model = tiny.mla(form=form)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        chosen = options if use_cache else options | {"cache_implementation": None}
+        results.append(
+            model.generate(
+                ids,
+                attention_mask=left_padding,
+                max_new_tokens=12,
+                min_new_tokens=12,
+                use_cache=use_cache,
+                **chosen,
+            )
+        )
+    assert results[0].shape == (2, 32)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_static_cache_and_compiled_decode_equal_the_full_forward(form, ids):
+    torch.compiler.reset()
+    model = tiny.mla(form=form)
+    want = model(ids, use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=32)
+    got = [model(ids[:, :12], past_key_values=cache).logits]
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for t in range(12, 20):
+        got.append(step(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert error(torch.cat(got, dim=1), want) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decode_absorbs_and_training_does_not(form, ids, monkeypatch):
+    calls = []
+    for name in ("_absorbed", "_expanded"):
+        original = getattr(MLAAttention, name)
+
+        def spy(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(MLAAttention, name, spy)
+    model = tiny.mla(form=form)
+
+    def taken(context, **kwargs):
+        calls.clear()
+        with context:
+            out = model(**kwargs)
+        return set(calls), out.past_key_values
+
+    prefill, cache = taken(torch.no_grad(), input_ids=ids)
+    assert prefill == {"_expanded"}
+    step = dict(input_ids=ids[:, :1])
+    assert taken(torch.no_grad(), past_key_values=copy.deepcopy(cache), **step)[0] == {"_absorbed"}
+    assert taken(torch.inference_mode(), past_key_values=copy.deepcopy(cache), **step)[0] == {
+        "_absorbed"
+    }
+    assert taken(torch.enable_grad(), past_key_values=copy.deepcopy(cache), **step)[0] == {
+        "_expanded"
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert taken(torch.no_grad(), input_ids=ids)[0] == {"_expanded"}
+    hook = model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda *_: None)
+    assert "_expanded" in taken(torch.no_grad(), past_key_values=cache, **step)[0]
+    hook.remove()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_attentions_are_recorded_and_sum_to_one(form, ids):
+    model = tiny.mla(form=form)
+    model.set_attn_implementation("eager")
+    out = model(ids, output_attentions=True, output_hidden_states=True)
+    step = model(ids[:, :1], past_key_values=out.past_key_values, output_attentions=True)
+    assert len(out.hidden_states) == 3
+    for attentions, shape in ((out.attentions, (2, 4, 20, 20)), (step.attentions, (2, 4, 1, 21))):
+        assert len(attentions) == 2
+        for weights in attentions:
+            assert weights.shape == shape
+            torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
+    fields = UNEVEN[form] | tiny.BIASES
+    model = tiny.mla(family, form, rope_parameters=tiny.ROPE_TYPES["yarn"], **fields)
+    model.config.conversion = {"form": form, "kv_budget": 0.5}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config.conversion == model.config.conversion
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "mla.py", "mla_config.py", "rope_slots.py", f"{family}_mla.py"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
+
+
+@torch.no_grad()
+def test_config_alone_writes_what_loading_needs(ids, tmp_path):
+    """A converter that streams weights never builds the model that would save itself."""
+    stock = tiny.source(rope_parameters=tiny.ROPE_TYPES["llama3"])
+    model = tiny.exact(stock, "llama", "on_read")
+    model.config.architectures = ["LlamaMLAForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert {p.name for p in tmp_path.glob("*.py")} == {
+        "llama_mla.py",
+        "mla.py",
+        "mla_config.py",
+        "rope_slots.py",
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(loaded.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+REMOTE = """
+import sys, torch
+sys.modules["rehead"] = None  # importing it raises
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+ids, want = torch.load(folder + "/want.pt")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, want)
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model.lm_head(base(ids).last_hidden_state), want)
+model.save_pretrained(folder + "/again")
+model = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, want)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(("family", "form"), [("llama", "decoupled"), ("qwen2", "on_read")])
+def test_checkpoint_carries_its_code(family, form, ids, tmp_path):
+    """In a process that cannot import rehead."""
+    model = tiny.mla(family, form)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), tmp_path / "model" / "want.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "model")],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_bfloat16_is_as_good_as_its_rounding(form, ids, tmp_path):
+    """No worse than three times what the stock class loses in the same dtype."""
+    stock = tiny.source()
+    ours = tiny.exact(stock, "llama", form)
+    want = stock(ids).logits
+    budget = 3 * error(copy.deepcopy(stock).bfloat16()(ids).logits, want)
+    ours.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    got = step_by_step(half, ids, torch.ones_like(ids), 12, [1] * 8)
+    assert got.dtype == torch.bfloat16
+    assert error(got, want) < budget < 0.2
+
+
+@pytest.mark.parametrize(("form", "fields"), CASES)
+def test_gradient_reaches_every_weight_with_and_without_checkpointing(form, fields, ids):
+    model = tiny.mla(form=form, **fields).train()
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        assert error(grads[1][name], grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_unmerged_adapter_counts_in_every_path(form, ids):
+    plain = tiny.mla(form=form)
+    without = plain(ids).logits
+    torch.manual_seed(3)
+    model = peft.get_peft_model(
+        plain,
+        peft.LoraConfig(
+            r=3, target_modules=r".*self_attn\.(kv_b_proj|q_proj|o_proj)", init_lora_weights=False
+        ),
+    ).eval()
+    want = model(ids, use_cache=False).logits
+    assert error(want, without) > 1e-2
+    ones = torch.ones_like(ids)
+    assert error(step_by_step(model, ids, ones, 12, [1] * 8), want) < 1e-5
+    with torch.enable_grad():
+        assert error(model.train()(ids).logits, want) < 1e-5
+    with model.eval().disable_adapter():
+        assert error(step_by_step(model, ids, ones, 12, [1] * 8), without) < 1e-5
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.kv_b_proj) is torch.nn.Linear
+    assert error(step_by_step(merged, ids, ones, 12, [1] * 8), want) < 1e-5
+
+
+def test_changed_weights_are_seen_by_the_next_step(ids):
+    """Nothing derived from the weights is kept from one step to the next."""
+    for form, inference in itertools.product(FORMS, (torch.no_grad, torch.inference_mode)):
+        model = tiny.mla(form=form)
+        with inference():
+            step_by_step(model, ids, torch.ones_like(ids), 12, [1] * 8)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.kv_b_proj.weight.mul_(-0.5)
+        with inference():
+            want = model(ids, use_cache=False).logits
+            assert error(step_by_step(model, ids, torch.ones_like(ids), 12, [1] * 8), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(rope_pairs=[[0, 1, 2]]), "rope_pairs has 1 lists for num_hidden_layers=2"),
+        (dict(rope_pairs=[[0, 1], [0, 1, 2]]), r"rope_pairs\[0\] has 2 entries.*needs 3"),
+        (dict(rope_pairs=[[0, 1, 4], [0, 1, 2]]), r"rope_pairs\[0\] spans 0 to 4.*0 to 3"),
+        (dict(rope_pairs=[[0, 1, 2], [0, -1, 2]]), r"rope_pairs\[1\] spans -1 to 2"),
+        (dict(kv_lora_rank_per_layer=[12]), "kv_lora_rank_per_layer has 1 entries"),
+        (dict(kv_lora_rank_per_layer=[12, 0]), "kv_lora_rank_per_layer spans 0 to 12"),
+        (dict(kv_lora_rank_per_layer=[8, 9]), "largest entry must be kv_lora_rank=12"),
+        (dict(qk_rope_head_dim_per_layer=[6, 8]), "largest entry must be qk_rope_head_dim=6"),
+        (dict(qk_rope_head_dim_per_layer=[6, 3]), "qk_rope_head_dim=3 of layer 1 must be even"),
+        (dict(qk_rope_head_dim=-2, rope_pairs=None), "must be even, 0 or more"),
+        (dict(qk_rope_head_dim=0, rope_pairs=None, qk_nope_head_dim=0), "neither rotated nor"),
+        (dict(kv_lora_rank=0), "kv_lora_rank=0 must be at least 1"),
+        (dict(q_lora_rank=0), "q_lora_rank=0 must be None or at least 1"),
+        (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads=3"),
+        (dict(rope_on_read=True), "set qk_rope_head_dim=6 to 0"),
+        (
+            dict(rope_on_read=True, qk_rope_head_dim=0, rope_pairs=None),
+            "qk_nope_head_dim=10 to be the source's head_dim=8",
+        ),
+        (
+            dict(
+                rope_parameters=dict(rope_type="default", rope_theta=1.0, partial_rotary_factor=0.5)
+            ),
+            "partial_rotary_factor",
+        ),
+    ],
+)
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        LlamaMLAConfig(**tiny.BASE | tiny.DECOUPLED | fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_sliding_windows_are_refused():
+    for config_class, fields in (
+        (MistralMLAConfig, dict(sliding_window=16)),
+        (Qwen2MLAConfig, dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
+        (Qwen2MLAConfig, dict(layer_types=["full_attention", "sliding_attention"])),
+    ):
+        with pytest.raises(ValueError, match="attend to every token"):
+            config_class(**tiny.BASE | tiny.DECOUPLED | fields)
+    # A window that the source has but does not use is no obstacle.
+    Qwen2MLAConfig(**tiny.BASE | tiny.DECOUPLED | dict(sliding_window=16, use_sliding_window=False))
+
+
+def test_config_defaults_and_plans():
+    config = LlamaMLAConfig()
+    assert config.layer_rope_pairs(0) == list(range(32))
+    assert config.qk_head_dim == 192
+    plan = config.base_model_tp_plan
+    assert plan["layers.*.self_attn.kv_a_proj_with_mqa"] == "mla_kv_a_proj"
+    assert plan["layers.*.mlp.down_proj"] == "rowwise"
+    assert "layers.*.self_attn.k_proj" not in plan
+    names = {name.rpartition(".")[0] for name in mla_module.MLAAttention(config, 0).state_dict()}
+    assert names == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
