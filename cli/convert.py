@@ -62,6 +62,15 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native",
+            help="The same dims and frequencies in every layer, as transformers' own MLA classes "
+            "need.",
+            rich_help_panel=SIZE,
+        ),
+    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +137,7 @@ def convert(
                 heal=heal,
                 rope=rope,
                 uniform_rank=uniform_rank,
+                native=native,
                 seed=seed,
                 dtype=dtype,
                 device=device,
@@ -157,13 +167,17 @@ def _summarize(console: Console, done: Any) -> None:
     console.print(
         f"KV cache per token: {size(before)} -> [bold]{size(after)}[/] ({after / before:.1%})"
     )
-    errors = [layer["error"] for layer in done.layers if layer.get("error") is not None]
+    layers = done.to_dict()["layers"]
+    errors = [layer["error"] for layer in layers if layer.get("error") is not None]
     if errors:
         mean, worst = sum(errors) / len(errors), max(range(len(errors)), key=errors.__getitem__)
         console.print(f"Layer error: mean {mean:.4f}, most {errors[worst]:.4f} (layer {worst})")
     if done.output is None:
-        for key, value in done.plan.items():
-            console.print(f"{key}: {value}", markup=False)
+        for layer in layers:
+            console.print(
+                "layer {layer}: kv_lora_rank {kv_lora_rank}, "
+                "qk_rope_head_dim {qk_rope_head_dim}".format(**layer)
+            )
         console.print("A dry run: nothing was written.")
         return
     minutes, seconds = divmod(round(done.seconds), 60)

@@ -78,7 +78,7 @@ def run(command: typer.Typer, name: str, args: list[str] | None = None) -> int:
         return _explain(error)
     # Typer's newer versions turn the exception into the exit code themselves.
     if code == INTERRUPTED:
-        _say("interrupted; nothing half-written is left.")
+        _say("interrupted; --resume goes on with what was finished.")
     return code
 
 

@@ -25,5 +25,8 @@ class Activations:
     y: Float[Tensor, "N T D"]
     weights: Float[Tensor, "N T"]
 
+    def __len__(self) -> int:
+        return len(self.x)
+
     def __getitem__(self, rows: slice) -> "Activations":
         return Activations(self.x[rows], self.y[rows], self.weights[rows])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from .errors import InputError
-from .plan import LayerDims, split_width
+from .plan import LayerDims
 from .recipe import Recipe
 
 
@@ -41,8 +41,9 @@ class Budget:
             fixed=None,
         )
         fixed = budget._explicit(recipe)
-        if fixed is None and recipe.kv_budget == 1.0:
-            fixed = LayerDims(rank) if on_read else LayerDims(keys, keys)
+        everything = LayerDims(rank) if on_read else LayerDims(min(keys, rank), keys)
+        if fixed is None and budget.width >= everything.width:
+            fixed = everything
         if fixed is None:
             if budget.width < (1 if on_read else 3):
                 raise InputError(
@@ -55,21 +56,21 @@ class Budget:
 
     def _explicit(self, recipe: Recipe) -> LayerDims | None:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
-        if rank is None and rotated is None:
-            return None
-        if rotated is None:
-            rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
         if rank is None:
+            if rotated is None:
+                return None
             rank = self.width - rotated
+        elif rotated is None:
+            rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
         if rotated % 2 or rotated > self.rotatable:
             raise InputError(
                 f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
                 f"of all key heads{' (0 with --rope on-read)' if not self.rotatable else ''}."
             )
-        if not 1 <= rank <= self.source - rotated:
+        most = min(self.source - rotated, self.rank)
+        if not 1 <= rank <= most:
             raise InputError(
-                f"kv_lora_rank={rank} with qk_rope_head_dim={rotated} does not fit the "
-                f"{self.source} numbers that the source caches per token and layer. Use 1 to "
-                f"{self.source - rotated}, or give --kv-budget."
+                f"kv_lora_rank={rank} with qk_rope_head_dim={rotated} is not between 1 and {most}, "
+                "beyond which nothing is gained. Use at most that, or give --kv-budget."
             )
         return LayerDims(rank, rotated)

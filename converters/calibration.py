@@ -133,11 +133,13 @@ def _output_change(
 
 
 def _sum_by_lag(j: Float[Tensor, "H T T"]) -> Float[Tensor, "H T"]:
-    """Sums of j over t - s = 0, 1, ...: row t of the flipped matrix moves t columns to the right."""
+    """Sums of j over t - s = 0, 1, ...; what has s > t is left out."""
     heads, length, _ = j.shape
-    skewed = torch.nn.functional.pad(j.flip(-1), (0, length)).flatten(1)
-    skewed = skewed[:, : length * (2 * length - 1)].unflatten(1, (length, 2 * length - 1))
-    return skewed.sum(1, dtype=torch.float64)[:, length - 1 :]
+    # Row t is written T - 1 - t columns further right, so that a lag is a column.
+    skewed = j.new_zeros(heads, length, 2 * length)
+    strides = (2 * length * length, 2 * length - 1, 1)
+    skewed.as_strided(j.shape, strides, length - 1).copy_(j)
+    return skewed[..., :length].sum(1).flip(-1).double()
 
 
 def probe_gradients(

@@ -6,12 +6,13 @@ Letters: N sequences, T tokens in each, D hidden size.
 import contextlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +25,20 @@ from .calibration import Kronecker, PhaseMoments
 from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import Family, family_of
+from .healing import has_fast_bfloat16, output_error
 from .healing import heal as heal_layer
-from .healing import output_error
 from .lowrank import Factors
 from .maps import AttentionMaps
 from .memory import peak_rss_bytes
-from .mla import MLA, MLAMoments, mla_moments, to_mla, with_low_rank_queries
+from .mla import (
+    MLA,
+    MLAMoments,
+    mla_moments,
+    rope_components,
+    shared_rope_pairs,
+    to_mla,
+    with_low_rank_queries,
+)
 from .model_card import model_card
 from .plan import TRIED_SPLITS, TRIED_WIDTHS, LayerDims, parse_budget, spend, split_width
 from .recipe import Conversion, LayerReport, Recipe
@@ -41,12 +50,15 @@ FORMS = {"mla": "multi-head latent attention"}
 ROPES = ("decoupled", "on-read")
 
 # Of the calibration sequences, this many give the moments and this many measure errors.
-MOMENT_SEQUENCES = 12
+MOMENT_SEQUENCES = 8
 MEASURE_SEQUENCES = 4
-HEALING_SEQUENCES = 128
+HEALING_SEQUENCES = 100
 SEQUENCE_LENGTH = 1024
-HEALING_STEPS = 60
+HEALING_STEPS = 100
+# A layer whose relative error is below this is left as it is.
+EXACT = 1e-6
 
+Sequences = TypeVar("Sequences", Tensor, Activations)
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
@@ -61,6 +73,7 @@ def convert(
     heal: int | None = None,
     rope: str = "decoupled",
     uniform_rank: bool = False,
+    native: bool = False,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -84,6 +97,7 @@ def convert(
         heal: healing steps a layer; None for the default.
         rope: "decoupled" or "on-read".
         uniform_rank: give every layer the same dims.
+        native: and the same frequencies, which is what transformers' own MLA classes can hold.
         dtype: of the weights written; None for the source's.
         kv_lora_rank, qk_rope_head_dim: explicit dims, instead of a budget.
         q_lora_rank: give the queries a low rank too.
@@ -96,6 +110,8 @@ def convert(
     if to not in FORMS or rope not in ROPES:
         raise InputError(f"form {to!r} with rope {rope!r} is unknown. Forms: {', '.join(FORMS)}.")
     steps = HEALING_STEPS if heal is None else heal
+    if native and rope != "decoupled":
+        raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
     recipe = Recipe(
         source=str(model),
         form=to,
@@ -108,7 +124,8 @@ def convert(
         kv_lora_rank=kv_lora_rank,
         qk_rope_head_dim=qk_rope_head_dim,
         q_lora_rank=q_lora_rank,
-        uniform=uniform_rank,
+        uniform=uniform_rank or native,
+        native=native,
     )
     source = open_source(model)
     output = Path(output).expanduser()
@@ -116,8 +133,10 @@ def convert(
     family = family_of(source.config)
     budget = Budget.of(source.config, recipe)
     cast = target_dtype(dtype, source)
-    job = _Job(source, family, recipe, budget, target_device(device), progress or _silent)
+    target = target_device(device)
     tokens = calibration_tokens(source, recipe, calibration)
+    recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
+    job = _Job(source, family, recipe, budget, target, progress or _silent)
 
     def result(folder: Path | None, layers: list[LayerReport]) -> Conversion:
         number = cast.itemsize
@@ -136,10 +155,13 @@ def convert(
             recipe=recipe,
         )
 
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="rehead-") as scratch:
+            dims = job.survey(tokens, Path(scratch))
+        planned = (LayerReport(i, d.kv_lora_rank, d.qk_rope_head_dim) for i, d in enumerate(dims))
+        return result(None, list(planned))
     with _work_folder(output.with_name(f".{output.name}.work"), recipe, resume) as work:
         dims = job.survey(tokens, work)
-        if dry_run:
-            return result(None, [LayerReport(i, d.kv_lora_rank, d.qk_rope_head_dim) for i, d in enumerate(dims)])
         with Writer(
             output, force=force, expected_bytes=source.bytes, protect=source.path
         ) as writer:
@@ -184,7 +206,8 @@ class _Job:
                 maps = stream.maps(layer)
                 fitting, measured = hold_out(seen)
                 moments = mla_moments(maps, fitting.x, self._generator(layer), self.on_read)
-                curve, share = {}, 0.0
+                curve: dict[int, float] = {}
+                share = 0.0
                 if self.budget.fixed is None:
                     curve, share = self._measure(maps, moments, measured)
                 _save(file, {"moments": moments, "curve": curve, "share": share})
@@ -192,15 +215,19 @@ class _Job:
             curves.append(saved["curve"])
             shares.append(saved["share"])
             self.progress("survey", layer + 1, self.layers, {})
-        return self.budget.fixed or self._spend(curves, shares)
+        dims = self.budget.fixed or self._spend(curves, shares)
+        if self.recipe.native and not self.on_read:
+            dims = self._share_rope_pairs(dims, stream, work)
+        return dims
 
     def _measure(
         self, maps: AttentionMaps, moments: MLAMoments, seen: Activations
     ) -> tuple[dict[int, float], float]:
         """({width: error}, share of rotated dims) of one layer."""
         budget = self.budget
+
         def error(width: int, share: float) -> float:
-            dims = split_width(width, share, budget.rotatable)
+            dims = split_width(width, share, budget.rotatable, budget.rank)
             return output_error(to_mla(maps, moments, dims), seen).absolute
 
         splits = (0.0,) if self.on_read else TRIED_SPLITS
@@ -209,24 +236,38 @@ class _Job:
         curve = {budget.width: at_mean[share]}
         if not self.recipe.uniform:
             for ratio in TRIED_WIDTHS:
-                width = min(max(3, round(ratio * budget.width)), self._most())
+                width = min(max(self._least(), round(ratio * budget.width)), self._most())
                 if width not in curve:
                     curve[width] = error(width, share)
         return curve, share
+
+    def _least(self) -> int:
+        return 1 if self.on_read else 3
 
     def _most(self) -> int:
         return self.budget.rank if self.on_read else self.budget.source
 
     def _spend(self, curves: list[dict[int, float]], shares: list[float]) -> list[LayerDims]:
-        mean = self.budget.width
+        budget = self.budget
+        mean = budget.width
         if self.recipe.uniform:
             share = sorted(shares)[len(shares) // 2]
-            return [split_width(mean, share, self.budget.rotatable)] * self.layers
-        widths = spend(curves, mean * self.layers, max(3, mean // 3), min(3 * mean, self._most()))
+            return [split_width(mean, share, budget.rotatable, budget.rank)] * self.layers
+        least, most = max(self._least(), mean // 3), min(3 * mean, self._most())
+        widths = spend(curves, mean * self.layers, least, most)
         return [
-            split_width(width, share, self.budget.rotatable)
+            split_width(width, share, budget.rotatable, budget.rank)
             for width, share in zip(widths, shares, strict=True)
         ]
+
+    def _share_rope_pairs(self, dims: list[LayerDims], stream: LayerStream, work: Path):
+        """The same dims with one list of frequencies for all layers."""
+        layers = [
+            rope_components(stream.maps(i), _load(work / f"moments-{i:04d}.pt")["moments"].phases)
+            for i in range(self.layers)
+        ]
+        pairs = shared_rope_pairs(layers, dims[0].qk_rope_head_dim // 2)
+        return [replace(dim, rope_pairs=pairs) for dim in dims]
 
     def write(
         self, tokens: Tensor, dims: list[LayerDims], work: Path, writer: Writer, dtype: torch.dtype
@@ -236,7 +277,11 @@ class _Job:
         Returns:
             A report of every layer, and which projections have a bias.
         """
-        stream = LayerStream(self.source, self.family, tokens, self.device)
+        if not self.recipe.heal and self.recipe.q_lora_rank is None:
+            tokens = hold_out(tokens)[1]
+        # Healing reads much text; the noise of bfloat16 is far below the errors it mends.
+        low_precision = bool(self.recipe.heal) and has_fast_bfloat16(self.device)
+        stream = LayerStream(self.source, self.family, tokens, self.device, low_precision)
         stage = "heal" if self.recipe.heal else "factorise"
         reports, biases = [], {}
         for layer, dim in enumerate(dims):
@@ -251,7 +296,9 @@ class _Job:
                 writer.add(self.family.prefix(layer) + name, tensor.to(dtype))
             biases = form.biases()
             reports.append(
-                LayerReport(layer, dim.kv_lora_rank, dim.qk_rope_head_dim, form.rope_pairs, before, after)
+                LayerReport(
+                    layer, dim.kv_lora_rank, dim.qk_rope_head_dim, form.rope_pairs, before, after
+                )
             )
             self.progress(stage, layer + 1, self.layers, {"error": after})
         prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
@@ -269,6 +316,8 @@ class _Job:
             x = fitting.x[:MOMENT_SEQUENCES]
             form = with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
         before = output_error(form, measured).relative
+        if before < EXACT:
+            return form, before, before
         healed = heal_layer(form, fitting, steps=self.recipe.heal, generator=generator)
         after = output_error(healed, measured).relative if self.recipe.heal else before
         return (healed, before, after) if after < before else (form, before, before)
@@ -277,9 +326,9 @@ class _Job:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
 
 
-def hold_out(seen: Activations) -> tuple[Activations, Activations]:
+def hold_out(seen: Sequences) -> tuple[Sequences, Sequences]:
     """(what to fit, what to measure on): the last sequences measure, a lone one does both."""
-    count = len(seen.x)
+    count = len(seen)
     held = min(MEASURE_SEQUENCES, count // 4)
     return (seen, seen) if held == 0 else (seen[: count - held], seen[count - held :])
 
@@ -360,9 +409,7 @@ def _save(file: Path, item: object) -> None:
 
 def _load(file: Path):
     # Written by this program a moment ago, or by the run that is resumed.
-    with torch.serialization.safe_globals(
-        [MLA, MLAMoments, Kronecker, PhaseMoments, Factors]
-    ):
+    with torch.serialization.safe_globals([MLA, MLAMoments, Kronecker, PhaseMoments, Factors]):
         return torch.load(file, weights_only=True)
 
 
@@ -375,7 +422,8 @@ def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) 
     except Exception as error:
         raise InputError(f"{source.path} has no usable tokenizer: {one_line(error)}") from error
     text = default_calibration_text() if calibration is None else read_text(calibration)
-    length = min(SEQUENCE_LENGTH, getattr(source.config, "max_position_embeddings", SEQUENCE_LENGTH))
+    longest = getattr(source.config, "max_position_embeddings", SEQUENCE_LENGTH)
+    length = min(SEQUENCE_LENGTH, longest)
     # A few times as many as needed, so that they do not all come from the text's start.
     tokens = windows(tokenizer, text, length, 8 * recipe.samples)
     if int(tokens.max()) >= source.config.vocab_size:
@@ -390,7 +438,7 @@ def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) 
 def target_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # also refuses meta, which holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"--device {name} cannot be used here ({one_line(error, 100)}). Use cpu."

@@ -8,7 +8,7 @@ calls this attention transfer).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from .maps import AttentionMaps, attention
 # Of a matrix' root mean square, per step, at the peak.
 LEARNING_RATE = 0.01
 WARM_UP = 0.1
-TOKENS_PER_STEP = 4096
+# Small batches and many steps go further than the reverse at the same cost.
+TOKENS_PER_STEP = 1024
+TOKENS_AT_ONCE = 4096
 BETAS = (0.9, 0.95)
 # The relative error from which on the full rate is right; below, the rate falls with its root.
 FULL_RATE_ERROR = 0.04
@@ -28,7 +30,10 @@ FULL_RATE_ERROR = 0.04
 class Form(Protocol):
     """A frozen dataclass with the weights of a converted attention layer."""
 
-    inv_freq: Tensor
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def inv_freq(self) -> Tensor: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -57,7 +62,7 @@ def output_error(form: Form, seen: Activations) -> OutputError:
     """The form's error on what the original attention saw and did, weighted by `seen.weights`."""
     maps = form.expand().to(torch.float32)
     wrong = total = 0.0
-    step = max(1, TOKENS_PER_STEP // seen.x.shape[1])
+    step = max(1, TOKENS_AT_ONCE // seen.x.shape[1])
     for start in range(0, len(seen.x), step):
         part = seen[start : start + step]
         off = attention(maps, part.x) - part.y
@@ -91,7 +96,7 @@ def heal(
     if low_precision is None:
         low_precision = has_fast_bfloat16(device)
     order = _orders(len(seen.x), max(1, TOKENS_PER_STEP // seen.x.shape[1]), generator)
-    first = output_error(form, _rows(seen, next(order))).relative
+    first = output_error(form, seen[:4]).relative
     learning_rate *= min(1.0, math.sqrt(first / FULL_RATE_ERROR))
     parameters = {
         name: tensor.detach().float().clone().requires_grad_(True)

@@ -9,6 +9,7 @@ A frequency of 0 means "not rotated", so full, partial and no RoPE are one case.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -92,7 +93,7 @@ class AttentionMaps:
 
     def to(self, *args, **kwargs) -> "AttentionMaps":
         """The same maps with every tensor moved or cast, as `Tensor.to`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(*args, **kwargs)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -106,7 +107,8 @@ def project(
     bias: Float[Tensor, "H E"] | None = None,
 ) -> Float[Tensor, "*batch H E"]:
     """weight x + bias for every head."""
-    y = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    flat = None if bias is None else bias.flatten()
+    y = torch.nn.functional.linear(x, weight.flatten(0, 1), flat)
     return y.unflatten(-1, weight.shape[:2])
 
 

@@ -8,6 +8,7 @@ Letters: H query heads, G KV heads, E source head width, P = E/2 pairs, V value 
 size, n rotated components (2n rotated dims), r latent rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,12 +115,11 @@ class MLA:
             biases["k_bias"] = torch.cat([k_bias, self.kv_a_bias[r:].expand(groups, -1)], dim=1)
         order = _half_layout(nope, len(self.rope_pairs))
         for name in ("q_bias", "k_bias"):
-            biases[name] = None if biases[name] is None else biases[name][:, order]
+            bias = biases[name]
+            biases[name] = None if bias is None else bias[:, order]
         chosen = self.inv_freq[list(self.rope_pairs)]
         inv_freq = torch.cat([chosen.new_zeros(nope // 2), chosen])
-        return AttentionMaps(
-            q[:, order], k[:, order], v, self.o, inv_freq, self.scaling, **biases
-        )
+        return AttentionMaps(q[:, order], k[:, order], v, self.o, inv_freq, self.scaling, **biases)
 
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
         """Tensors by the names of the model class' attention module.
@@ -185,6 +185,37 @@ class Components:
     analysis: Complex[Tensor, "C G"]
     synthesis: Complex[Tensor, "C G"]
 
+    def first(self, pairs: tuple[int, ...]) -> "Components":
+        """The same components with the best ones of the given frequencies first."""
+        left: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.pair):
+            left.setdefault(pair, []).append(index)
+        chosen = [left[pair].pop(0) for pair in pairs]
+        order = chosen + sorted(index for rest in left.values() for index in rest)
+        return Components(
+            self.cost[order],
+            tuple(self.pair[index] for index in order),
+            self.analysis[order],
+            self.synthesis[order],
+        )
+
+
+def shared_rope_pairs(layers: Sequence[Components], count: int) -> tuple[int, ...]:
+    """The frequencies of the `count` components that are worth most over all layers together.
+
+    A layer's costs count as shares of its own total, so that no layer decides alone. Stock classes
+    hold one list of frequencies for the whole model.
+    """
+    worth: dict[tuple[int, int], float] = {}
+    for components in layers:
+        seen: dict[int, int] = {}
+        for cost, pair in zip(components.cost.tolist(), components.pair, strict=True):
+            place = seen[pair] = seen.get(pair, -1) + 1
+            share = cost / max(float(components.cost.sum()), 1e-300)
+            worth[pair, place] = worth.get((pair, place), 0.0) + share
+    ranked = sorted(worth, key=lambda key: (-worth[key], key))
+    return tuple(sorted(pair for pair, _ in ranked[:count]))
+
 
 def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     """Eigenvectors, per frequency, of the keys' moment weighted by what losing RoPE would cost.
@@ -208,9 +239,9 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
             u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
             found.append((float(values[j]), pair, u.conj() * d, u / d))
     found.sort(key=lambda item: (-item[0], item[1]))
-    cost, pair, analysis, synthesis = zip(*found, strict=True)
+    cost, pairs, analysis, synthesis = zip(*found, strict=True)
     return Components(
-        torch.tensor(cost).clamp_min(0), tuple(pair), torch.stack(analysis), torch.stack(synthesis)
+        torch.tensor(cost).clamp_min(0), pairs, torch.stack(analysis), torch.stack(synthesis)
     )
 
 
@@ -219,7 +250,8 @@ def split_rope(
 ) -> RopeSplit:
     """Keeps the rotation of the first `count` components and removes the others'."""
     groups, repeats, half = maps.kv_heads, maps.repeats, maps.qk_dim // 2
-    keys, queries = _complex(_augmented(maps.k, maps.k_bias)), _complex(_augmented(maps.q, maps.q_bias))
+    keys = _complex(_augmented(maps.k, maps.k_bias))
+    queries = _complex(_augmented(maps.q, maps.q_bias))
     rest = keys.clone()
     k_rope, q_rope = [], []
     for j in range(count):
@@ -273,7 +305,7 @@ def mla_moments(
     if rope_on_read:
         keys, values = probe_gradients(narrow, x, generator)
         return MLAMoments(kronecker(x, torch.cat([keys.flatten(2), values.flatten(2)], -1)))
-    phases = phase_moments(narrow, x)
+    phases = phase_moments(narrow, x[: (len(x) + 1) // 2])  # few numbers: half the text is plenty
     q, q_bias = position_free_queries(maps, phases)
     free = (q.float(), None if q_bias is None else q_bias.float())
     keys, values = probe_gradients(narrow, x, generator, free)
@@ -295,14 +327,14 @@ def to_mla(maps: AttentionMaps, moments: MLAMoments, dims: LayerDims) -> MLA:
     if moments.phases is None:
         return on_read_mla(maps, factorise(maps.k, maps, moments.kronecker), moments, dims)
     components = rope_components(maps, moments.phases)
+    if dims.rope_pairs is not None:
+        components = components.first(dims.rope_pairs)
     split = split_rope(maps, moments.phases, components, dims.qk_rope_head_dim // 2)
     factors = factorise(split.k_nope, maps, moments.kronecker)
     return decoupled_mla(maps, split, factors, moments, dims)
 
 
-def factorise(
-    keys: Float[Tensor, "G E D"], maps: AttentionMaps, moments: Kronecker
-) -> Factors:
+def factorise(keys: Float[Tensor, "G E D"], maps: AttentionMaps, moments: Kronecker) -> Factors:
     """The joint latent of keys and values at every rank, under their Gauss-Newton moments."""
     stacked = torch.cat([keys.flatten(0, 1), maps.v.flatten(0, 1)])
     return weighted_svd(stacked, moments.gradients, moments.inputs)
@@ -333,9 +365,7 @@ def decoupled_mla(
     )
 
 
-def on_read_mla(
-    maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims: LayerDims
-) -> MLA:
+def on_read_mla(maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims: LayerDims) -> MLA:
     """The latent that is rotated on read, at the given rank."""
     nope, rank, mean = maps.qk_dim, dims.kv_lora_rank, moments.kronecker.mean
     up, down = factors.up[:, :rank], factors.down[:rank]

@@ -1,5 +1,7 @@
 """The README.md that a converted model carries."""
 
+from pathlib import Path
+
 from transformers import PretrainedConfig
 
 from .recipe import Conversion
@@ -18,15 +20,16 @@ def model_card(done: Conversion, source: PretrainedConfig) -> str:
         if layer.error is not None
     )
     # Only a hub id may stand as base_model; a local path says nothing to others.
-    hub_id = recipe.source if recipe.source.count("/") == 1 and recipe.source[0] not in "./~" else ""
-    base = f"base_model: {hub_id}\n" if hub_id else ""
+    named = recipe.source.count("/") == 1 and recipe.source[0] not in "./~"
+    base = f"base_model: {recipe.source}\n" if named and not Path(recipe.source).exists() else ""
+    name = done.output.name if done.output else source.model_type
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [rehead, {done.form}]
 {base}---
 
-# {done.output.name if done.output else source.model_type}
+# {name}
 
 A {source.model_type} model converted to {NAMES[done.form]} by rehead.
 Its KV cache holds {cache["converted"]:,} bytes per token instead of {cache["source"]:,}
@@ -35,7 +38,7 @@ Its KV cache holds {cache["converted"]:,} bytes per token instead of {cache["sou
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{done.output.name if done.output else ""}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 With `import rehead.modeling` first, `trust_remote_code` is not needed.

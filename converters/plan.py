@@ -14,15 +14,20 @@ from .errors import InputError
 TRIED_WIDTHS = (0.6, 1.0, 1.5)
 WIDTH_STEP = 4
 # Shares of a layer's width that may be rotated dims.
-TRIED_SPLITS = (0.15, 0.25, 0.35, 0.5, 0.65)
+TRIED_SPLITS = (0.2, 0.35, 0.5)
 
 
 @dataclass(frozen=True)
 class LayerDims:
-    """One layer's cache: a latent of `kv_lora_rank` and `qk_rope_head_dim` rotated dims."""
+    """One layer's cache: a latent of `kv_lora_rank` and `qk_rope_head_dim` rotated dims.
+
+    Args:
+        rope_pairs: the frequencies of the rotated components; None to choose the layer's best.
+    """
 
     kv_lora_rank: int
     qk_rope_head_dim: int = 0
+    rope_pairs: tuple[int, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -46,10 +51,16 @@ def parse_budget(budget: float | str) -> float:
     return share
 
 
-def split_width(width: int, share: float, most_rotated: int) -> LayerDims:
-    """A width split so that about `share` of it is rotated dims, an even number of them."""
-    rotated = min(2 * round(share * width / 2), most_rotated, 2 * ((width - 1) // 2))
-    return LayerDims(width - rotated, rotated)
+def split_width(width: int, share: float, most_rotated: int, most_rank: int) -> LayerDims:
+    """A width split so that about `share` of it is rotated dims, an even number of them.
+
+    Args:
+        most_rotated: the rotated dims there are.
+        most_rank: the rank from which on a latent is exact; what is beyond it is rotated.
+    """
+    rotated = max(2 * round(share * width / 2), width - most_rank)
+    rotated = min(rotated + rotated % 2, most_rotated, 2 * ((width - 1) // 2))
+    return LayerDims(min(width - rotated, most_rank), rotated)
 
 
 def spend(curves: Sequence[Mapping[int, float]], total: int, least: int, most: int) -> list[int]:

@@ -21,6 +21,7 @@ class Recipe:
     qk_rope_head_dim: int | None = None
     q_lora_rank: int | None = None
     uniform: bool = False
+    native: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Conversion:
     kv_bytes_per_token: dict[str, int]
     seconds: float
     peak_rss_bytes: int
+    recipe: Recipe
     layers: list[LayerReport] = field(default_factory=list)
-    recipe: Recipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .activations import Activations
 from .checkpoint import Source
+from .errors import InputError
 from .families import Family
 from .maps import AttentionMaps
 
@@ -29,6 +30,7 @@ class LayerStream:
         family: where it keeps its layers.
         tokens: calibration sequences.
         device: where the layers run.
+        low_precision: matrix products in bfloat16; the residual stream stays in float32.
         hidden: the residual stream entering the next layer; None before the first.
     """
 
@@ -36,6 +38,7 @@ class LayerStream:
     family: Family
     tokens: Int[Tensor, "N T"]
     device: torch.device
+    low_precision: bool = False
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module = field(init=False, repr=False)
@@ -51,7 +54,7 @@ class LayerStream:
 
     @property
     def inv_freq(self) -> Float[Tensor, " P"]:
-        return self.rotary.inv_freq.double()
+        return self.rotary.get_buffer("inv_freq").double()
 
     @property
     def attention_factor(self) -> float:
@@ -65,9 +68,13 @@ class LayerStream:
             for name in self.source.names()
             if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
         }
-        return self.family.read(
-            self.source.config, tensors, self.inv_freq, self.attention_factor
-        )
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise InputError(
+                    f"{self.source.path}: {prefix}{name} holds values that are not finite. The "
+                    "checkpoint is damaged; download it again."
+                )
+        return self.family.read(self.source.config, tensors, self.inv_freq, self.attention_factor)
 
     @torch.no_grad()
     def advance(self, layer: int) -> Activations:
@@ -80,7 +87,7 @@ class LayerStream:
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
             lambda _, args, kwargs, out: seen.append(
-                ((args[0] if args else kwargs["hidden_states"]).cpu(), out[0].cpu())
+                ((args[0] if args else kwargs["hidden_states"]).cpu(), out[0].float().cpu())
             ),
             with_kwargs=True,
         )
@@ -88,12 +95,13 @@ class LayerStream:
             for rows in self._rows():
                 batch = self.hidden[rows].to(self.device)
                 positions = torch.arange(batch.shape[1], device=self.device)[None]
-                out = module(
-                    batch,
-                    attention_mask=None,
-                    position_ids=positions,
-                    position_embeddings=self.rotary(batch, positions),
-                )
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+                    out = module(
+                        batch,
+                        attention_mask=None,
+                        position_ids=positions,
+                        position_embeddings=self.rotary(batch, positions),
+                    )
                 self.hidden[rows] = (out[0] if isinstance(out, tuple) else out).cpu()
         finally:
             handle.remove()

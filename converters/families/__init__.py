@@ -60,7 +60,11 @@ class Family:
         left = {name: tensor.double() for name, tensor in tensors.items()}
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         maps = {}
-        for role, name, count in (("q", self.q, heads), ("k", self.k, groups), ("v", self.v, groups)):
+        for role, name, count in (
+            ("q", self.q, heads),
+            ("k", self.k, groups),
+            ("v", self.v, groups),
+        ):
             maps[role] = left.pop(f"{name}.weight").unflatten(0, (count, -1))
             bias = left.pop(f"{name}.bias", None)
             maps[f"{role}_bias"] = None if bias is None else bias.unflatten(0, (count, -1))

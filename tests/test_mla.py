@@ -1,0 +1,374 @@
+"""MLA from any attention's maps: what is lost and what is not, in maps and in the model class."""
+
+import itertools
+from dataclasses import replace
+
+import layers
+import pytest
+import tiny
+import torch
+from layers import error
+
+from rehead.converters.calibration import kronecker
+from rehead.converters.errors import InputError
+from rehead.converters.families import family_of
+from rehead.converters.lowrank import weighted_svd
+from rehead.converters.maps import AttentionMaps, project, reference_attention
+from rehead.converters.mla import (
+    decoupled_mla,
+    factorise,
+    mla_moments,
+    on_read_mla,
+    position_free_queries,
+    rope_components,
+    split_rope,
+    to_mla,
+    with_low_rank_queries,
+)
+from rehead.converters.plan import LayerDims
+from rehead.modeling import MLA_CLASSES
+
+SHAPES = {
+    "grouped": {},
+    "grouped, biases": dict(bias=True),
+    "a head each": dict(groups=4, hidden=48),
+    "one key head": dict(groups=1, bias=True),
+    "wide values": dict(width=4, v_dim=10, bias=True),
+    "cache wider than the input": dict(groups=4, hidden=24, bias=True),
+}
+
+
+def seeded(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+def moments_of(maps, x, rope_on_read=False):
+    return mla_moments(maps, x, seeded(), rope_on_read)
+
+
+def all_dims(maps, rope_on_read):
+    """Everything kept: all components and every direction there is."""
+    keys = maps.kv_heads * maps.qk_dim
+    values = maps.kv_heads * maps.v_dim
+    if rope_on_read:
+        return LayerDims(min(keys + values, maps.hidden))
+    return LayerDims(min(values, maps.hidden), keys)
+
+
+def outputs(maps, x):
+    return torch.stack([reference_attention(maps, row) for row in x.double()])
+
+
+@pytest.mark.parametrize("rope_on_read", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_kept_is_the_identity(shape, rope_on_read):
+    maps = layers.maps(**SHAPES[shape])
+    x = layers.inputs(hidden=maps.hidden)
+    wanted = outputs(maps, x)
+    moments, dims = moments_of(maps, x, rope_on_read), all_dims(maps, rope_on_read)
+    mla = to_mla(maps, moments, dims)
+    assert (mla.kv_lora_rank, mla.qk_rope_head_dim) == (dims.kv_lora_rank, dims.qk_rope_head_dim)
+    assert mla.cache_width == dims.width
+    assert error(outputs(mla.expand(), x), wanted) < 1e-9
+    # One less, and it is not: the test would see a loss.
+    less = to_mla(maps, moments, replace(dims, kv_lora_rank=dims.kv_lora_rank - 1))
+    assert error(outputs(less.expand(), x), wanted) > 1e-6
+    swapped = replace(mla, q=mla.q.flip(0))
+    assert error(outputs(swapped.expand(), x), wanted) > 1e-2
+
+
+def half_kept(maps, moments, count, x, *, mean=torch.clone):
+    """The layer with `count` components rotated, straight from its definition, one sequence.
+
+    Args:
+        mean: what to do with the mean phases; the identity but for a mistake.
+    """
+    components = rope_components(maps, moments.phases)
+    half, length = maps.qk_dim // 2, len(x)
+    mu = mean(moments.phases.mean_phase)
+    q, k, v = (project(x, getattr(maps, n), getattr(maps, f"{n}_bias")) for n in "qkv")
+    q, k = (torch.complex(t[..., :half], t[..., half:]) for t in (q, k))
+    times = torch.arange(length, dtype=torch.float64)
+    y = torch.zeros(length, maps.hidden, dtype=torch.float64)
+    for h in range(maps.heads):
+        g = h // maps.repeats
+        scores = torch.zeros(length, length, dtype=torch.complex128)
+        for pair in range(half):
+            kept = torch.zeros(length, dtype=torch.complex128)
+            for j in range(count):
+                if components.pair[j] == pair:
+                    z = k[:, :, pair] @ components.analysis[j]
+                    kept += components.synthesis[j, g] * z
+            turn = torch.exp(1j * maps.inv_freq[pair] * (times - times[:, None]))
+            scores += q[:, h, pair, None].conj() * kept * turn
+            free = (q[:, h, pair] * mu[h, pair])[:, None].conj()
+            scores += free * (k[:, g, pair] - kept)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = (scores.real * maps.scaling).masked_fill(future, -torch.inf).softmax(-1)
+        y += weights @ v[:, g] @ maps.o[:, h].T
+    return y if maps.o_bias is None else y + maps.o_bias
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8])
+@pytest.mark.parametrize("shape", ["grouped", "grouped, biases", "a head each", "wide values"])
+def test_removed_rotations_are_those_of_the_definition(shape, count):
+    """Apart from any rank: the latent holds everything that is left."""
+    maps = layers.maps(**SHAPES[shape])
+    x = layers.inputs(2, 16, hidden=maps.hidden)
+    moments = moments_of(maps, x)
+    count = min(count, maps.kv_heads * maps.qk_dim // 2)
+    full = min(maps.kv_heads * (maps.qk_dim + maps.v_dim), maps.hidden)
+    mla = to_mla(maps, moments, LayerDims(full, 2 * count))
+    found = reference_attention(mla.expand(), x[0].double())
+    assert error(found, half_kept(maps, moments, count, x[0].double())) < 1e-8
+    if 2 * count < maps.kv_heads * maps.qk_dim:
+        for mean in (torch.conj, torch.ones_like):
+            twin = half_kept(maps, moments, count, x[0].double(), mean=mean)
+            assert error(found, twin) > 1e-3
+
+
+def test_components_take_the_keys_apart_and_put_them_together():
+    maps = layers.maps(groups=4, bias=True)
+    x = layers.inputs()
+    phases = moments_of(maps, x).phases
+    found = rope_components(maps, phases)
+    assert sorted(found.pair) == sorted(4 * list(range(4)))
+    assert (found.cost.diff() <= 0).all()
+    for pair in range(4):
+        own = torch.tensor(found.pair) == pair
+        together = found.synthesis[own].T @ found.analysis[own]
+        assert torch.allclose(together, torch.eye(4).to(together.dtype), atol=1e-10)
+    # Components of one frequency are uncorrelated where the keys matter.
+    keys = torch.cat([maps.k, maps.k_bias[..., None]], -1)
+    keys = torch.complex(*keys.chunk(2, dim=1))
+    z = torch.einsum("cg,cgd->cd", found.analysis, keys.transpose(0, 1)[list(found.pair)])
+    moment = z @ phases.inputs.to(z.dtype) @ z.mH
+    same = torch.tensor(found.pair)[:, None] == torch.tensor(found.pair)
+    off = moment * same * (1 - torch.eye(len(z)))
+    assert off.abs().max() < 1e-6 * moment.abs().max()
+    assert torch.allclose(moment.diagonal().real, found.cost.double(), rtol=1e-6, atol=1e-12)
+
+
+def test_rotations_that_cost_most_are_kept():
+    maps, x = layers.maps(), layers.inputs()
+    moments = moments_of(maps, x)
+    components = rope_components(maps, moments.phases)
+    removed = [split_rope(maps, moments.phases, components, count).removed for count in range(9)]
+    assert removed == sorted(removed, reverse=True)
+    assert removed[0] == pytest.approx(float(components.cost.sum()))
+    assert removed[8] == 0
+    whole = split_rope(maps, moments.phases, components, 8)
+    assert not whole.k_nope.any()
+    # What is not rotated has nothing to lose.
+    still = replace(maps, inv_freq=maps.inv_freq * torch.tensor([1.0, 0, 0, 1.0]))
+    order = rope_components(still, moments_of(still, x).phases).pair
+    assert set(order[:4]) == {0, 3}
+
+
+def test_position_free_queries_carry_the_mean_phase():
+    maps, x = layers.maps(bias=True), layers.inputs()
+    phases = moments_of(maps, x).phases
+    q, bias = position_free_queries(maps, phases)
+    mu = phases.mean_phase
+    for weight, free in ((maps.q, q), (maps.q_bias[..., None], bias[..., None])):
+        z = torch.complex(weight[:, :4], weight[:, 4:]) * mu[..., None]
+        assert torch.allclose(free, torch.cat([z.real, z.imag], 1))
+
+
+def stacked_error(maps, keys, mla, moments):
+    """The Gauss-Newton error of a layer's position-free keys and values."""
+    kv = mla.kv_b @ mla.kv_a[: mla.kv_lora_rank]
+    nope = mla.qk_nope_head_dim
+    off = torch.cat([(keys - kv[:, :nope]).flatten(0, 1), (maps.v - kv[:, nope:]).flatten(0, 1)])
+    return float((moments.gradients @ off @ moments.inputs * off).sum())
+
+
+@pytest.mark.parametrize("rope_on_read", [False, True])
+def test_error_falls_with_rank_and_is_below_a_plain_svds(rope_on_read):
+    """On its own data, as the theorem has it."""
+    maps, x = layers.maps(bias=True), layers.inputs()
+    moments = moments_of(maps, x, rope_on_read)
+    if rope_on_read:
+        keys = maps.k
+
+        def make(factors, rank):
+            return on_read_mla(maps, factors, moments, LayerDims(rank))
+    else:
+        split = split_rope(maps, moments.phases, rope_components(maps, moments.phases), 3)
+        keys = split.k_nope
+
+        def make(factors, rank):
+            return decoupled_mla(maps, split, factors, moments, LayerDims(rank, 6))
+
+    factors = factorise(keys, maps, moments.kronecker)
+    stacked = torch.cat([keys.flatten(0, 1), maps.v.flatten(0, 1)])
+    rows, columns = stacked.shape
+    plain = weighted_svd(stacked, torch.eye(rows).double(), torch.eye(columns).double())
+    ranks = range(1, 31)
+    errors = [stacked_error(maps, keys, make(factors, r), moments.kronecker) for r in ranks]
+    assert all(b <= a * (1 + 1e-9) + 1e-12 for a, b in itertools.pairwise(errors))
+    for rank, calibrated in zip(ranks, errors, strict=True):
+        energy = float(factors.energy[rank:].sum())
+        assert calibrated == pytest.approx(energy, rel=1e-2, abs=1e-4 * errors[0])
+        other = stacked_error(maps, keys, make(plain, rank), moments.kronecker)
+        assert calibrated <= other * (1 + 1e-6) + 1e-10
+    assert errors[7] < 0.8 * stacked_error(maps, keys, make(plain, 8), moments.kronecker)
+
+
+@pytest.mark.parametrize("rope_on_read", [False, True])
+def test_calibrated_outputs_are_nearer_than_a_plain_svds(rope_on_read):
+    """Not a theorem, but what it is for."""
+    maps, x = layers.maps(bias=True), layers.inputs(8)
+    moments = moments_of(maps, x, rope_on_read)
+    dims = LayerDims(12, 0 if rope_on_read else 8)
+    wanted = outputs(maps, x)
+    found = error(outputs(to_mla(maps, moments, dims).expand(), x), wanted)
+    eye = torch.eye(32, dtype=torch.float64)
+    rows = len(moments.kronecker.gradients)
+    blind = replace(
+        moments.kronecker,
+        gradients=torch.eye(rows, dtype=torch.float64),
+        inputs=eye,
+        mean=torch.zeros(32, dtype=torch.float64),
+    )
+    plain = to_mla(maps, replace(moments, kronecker=blind), dims)
+    assert found < 0.8 * error(outputs(plain.expand(), x), wanted)
+
+
+@pytest.mark.parametrize("rope_on_read", [False, True])
+def test_what_is_constant_over_tokens_costs_no_rank(rope_on_read):
+    """Inputs that are a constant and two directions need a latent of two."""
+    maps = layers.maps(bias=True)
+    x = layers.inputs(4, 24, 2) @ torch.randn(2, 32, generator=seeded()) + 3
+    moments = moments_of(maps, x, rope_on_read)
+    wanted = outputs(maps, x)
+    dims = LayerDims(2, 0 if rope_on_read else 16)
+    assert error(outputs(to_mla(maps, moments, dims).expand(), x), wanted) < 1e-3
+    shifted = replace(moments.kronecker, mean=torch.zeros(32, dtype=torch.float64))
+    twin = to_mla(maps, replace(moments, kronecker=shifted), dims)
+    assert error(outputs(twin.expand(), x), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("rope_on_read", [False, True])
+@pytest.mark.parametrize("shape", ["grouped", "grouped, biases", "wide values"])
+def test_low_rank_queries(shape, rope_on_read):
+    maps = layers.maps(**SHAPES[shape])
+    x = layers.inputs(hidden=maps.hidden)
+    moments = moments_of(maps, x, rope_on_read)
+    mla = to_mla(maps, moments, LayerDims(12, 0 if rope_on_read else 6))
+    wanted = outputs(mla.expand(), x)
+    full = min(mla.q.shape[0] * mla.q.shape[1], maps.hidden)
+    same = with_low_rank_queries(mla, x, seeded(), full)
+    assert same.q_down.shape == (full, maps.hidden)
+    assert error(outputs(same.expand(), x), wanted) < 1e-9
+    rank = maps.heads * maps.qk_dim // 2
+    some = with_low_rank_queries(mla, x, seeded(), rank)
+    found = error(outputs(some.expand(), x), wanted)
+    # A plain truncation is worse.
+    u, s, vh = torch.linalg.svd(mla.q.flatten(0, 1), full_matrices=False)
+    up = (u[:, :rank] * s[:rank]).unflatten(0, mla.q.shape[:2])
+    plain = replace(mla, q=up, q_down=vh[:rank])
+    assert 1e-6 < found < error(outputs(plain.expand(), x), wanted)
+    for wrong in (0, full + 1):
+        with pytest.raises(InputError, match=f"q_lora_rank={wrong} must be at least 1 and at most"):
+            with_low_rank_queries(mla, x, seeded(), wrong)
+
+
+def test_the_same_seed_gives_the_same_layer():
+    maps, x = layers.maps(bias=True), layers.inputs()
+    one, other = (to_mla(maps, moments_of(maps, x), LayerDims(9, 6)) for _ in range(2))
+    assert one.rope_pairs == other.rope_pairs
+    for name, tensor in one.tensors().items():
+        assert tensor.dtype == torch.float64
+        assert torch.equal(tensor, other.tensors()[name])
+
+
+def test_text_that_says_nothing_gives_a_layer_all_the_same():
+    """Equal tokens: no covariance, no gradient to keys."""
+    maps = layers.maps(bias=True)
+    x = layers.inputs(1, 1).expand(2, 6, -1)
+    for rope_on_read in (False, True):
+        moments = moments_of(maps, x, rope_on_read)
+        mla = to_mla(maps, moments, LayerDims(5, 0 if rope_on_read else 4))
+        assert all(torch.isfinite(tensor).all() for tensor in mla.tensors().values())
+        assert error(outputs(mla.expand(), x), outputs(maps, x)) < 1e-5
+
+
+FORMS = {
+    "decoupled": LayerDims(9, 6),
+    "decoupled, none rotated": LayerDims(9, 0),
+    "decoupled, all rotated": LayerDims(9, 16),
+    "on-read": LayerDims(13),
+}
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 7])
+@pytest.mark.parametrize("rope_type", ["default", "yarn", "longrope"])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_model_class_computes_what_the_maps_say(form, rope_type, q_lora_rank):
+    """The module with `state_dict()` loaded, against `expand()`; Qwen2 has biases."""
+    stock = tiny.source("qwen2", rope_parameters=tiny.ROPE_TYPES[rope_type])
+    x = layers.inputs(2, 40)
+    rotary = stock.model.rotary_emb
+    turned = rotary(x, torch.arange(40)[None])
+    factor = float(rotary.attention_scaling)
+    assert (factor != 1) == (rope_type != "default")
+    maps = family_of(stock.config).read(
+        stock.config, stock.model.layers[0].self_attn.state_dict(), rotary.inv_freq, factor
+    )
+    on_read, dims = form == "on-read", FORMS[form]
+    mla = to_mla(maps, moments_of(maps, x, on_read), dims)
+    if q_lora_rank:
+        mla = with_low_rank_queries(mla, x, seeded(), q_lora_rank)
+    wanted = outputs(mla.expand(), x)
+
+    config_class, _, causal_lm = MLA_CLASSES["qwen2"]
+    model = causal_lm(
+        config_class(
+            **tiny.BASE | dict(num_hidden_layers=1, rope_parameters=stock.config.rope_parameters),
+            kv_lora_rank=mla.kv_lora_rank,
+            qk_rope_head_dim=mla.qk_rope_head_dim,
+            qk_nope_head_dim=mla.qk_nope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            q_lora_rank=q_lora_rank,
+            rope_pairs=None if on_read else [list(mla.rope_pairs)],
+            rope_on_read=on_read,
+            **mla.biases(),
+        )
+    ).eval()
+    module, future = model.model.layers[0].self_attn, torch.full((40, 40), -torch.inf).triu(1)
+    position_embeddings = model.model.rotary_emb(x, torch.arange(40)[None])
+    assert torch.equal(position_embeddings[0], turned[0])
+
+    def distance(rope_factor):
+        module.load_state_dict(mla.state_dict(rope_factor))
+        return error(module(x, position_embeddings, future[None, None])[0], wanted)
+
+    assert distance(factor**2) < 5e-6
+    if factor != 1 and form not in ("on-read", "decoupled, all rotated"):
+        assert distance(1.0) > 1e-3
+        assert distance(factor) > 1e-3
+
+
+def test_biases_are_named_as_in_the_config():
+    x = layers.inputs()
+    plain, biased = layers.maps(), layers.maps(bias=True)
+    dims = LayerDims(9, 6)
+    found = to_mla(plain, moments_of(plain, x), dims).biases()
+    assert found == dict(q_bias=False, kv_a_bias=False, kv_b_bias=False, o_bias=True)
+    found = to_mla(biased, moments_of(biased, x), dims).biases()
+    assert found == dict(q_bias=True, kv_a_bias=True, kv_b_bias=False, o_bias=True)
+    found = to_mla(plain, moments_of(plain, x, True), LayerDims(9)).biases()
+    assert found == dict(q_bias=False, kv_a_bias=False, kv_b_bias=True, o_bias=True)
+
+
+def test_kronecker_factors_stand_for_keys_first():
+    """An error in a key's row is weighed by keys' gradients, one in a value's by values'."""
+    maps, x = layers.maps(), layers.inputs()
+    on_read = moments_of(maps, x, True).kronecker
+    assert on_read.gradients.shape == (32, 32)
+    quiet: AttentionMaps = replace(maps, q=1e-4 * maps.q)
+    softened = moments_of(quiet, x, True).kronecker.gradients.diagonal()
+    assert softened[:16].max() < 1e-4 * softened[16:].min()
+    assert torch.allclose(kronecker(x, torch.ones(4, 24, 3)).gradients, torch.ones(3, 3).double())
