@@ -125,9 +125,10 @@ def table(name: str) -> None:
     for row in order:
         ratio = row["perplexity"] / original["perplexity"]
         form = f"{row['form']} {row['label']}".strip()
+        seconds, memory = (row[k] if row[k] is not None else "" for k in ("seconds", "peak_rss_gb"))
         print(
             f"| {form} | {row['rope']} | {row['budget']:g}% | {row['steps']} | "
-            f"{row['perplexity']:.2f} | {ratio:.3f} | {row['seconds']} | {row['peak_rss_gb']} |"
+            f"{row['perplexity']:.2f} | {ratio:.3f} | {seconds} | {memory} |"
         )
 
 

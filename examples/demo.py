@@ -26,8 +26,9 @@ from rehead.evaluation import (
 
 OUTPUT = Path("demo-output/SmolLM2-135M-Instruct-mla")
 BUDGET = "50%"
-# Fewer than the default, so that the demo takes minutes.
-HEALING_STEPS = 16
+# Fewer than the defaults, so that the demo takes minutes.
+HEALING_STEPS = 20
+SAMPLES = 24
 WINDOW, WINDOWS = 1024, 8
 PROMPT = "The three most important things to know about the history of Rome are"
 
@@ -45,6 +46,7 @@ def convert(model: Path) -> dict:
     command = [
         *(str(Path(sys.executable).with_name("convert")), "--to", "mla", str(model)),
         *("--kv-budget", BUDGET, "--heal", str(HEALING_STEPS)),
+        *("--samples", str(SAMPLES)),
         *("--output", str(OUTPUT), "--force", "--json"),
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -125,6 +125,15 @@ def test_the_whole_budget_is_exact(family, rope_type, fields, rope, run, tmp_pat
     )
 
 
+@pytest.mark.parametrize("rope", ROPES)
+def test_what_is_exact_is_not_healed(rope, source, run, tmp_path, monkeypatch):
+    """Though healing reads its targets in bfloat16, and so sees an error."""
+    monkeypatch.setattr(sys.modules[convert.__module__], "heal_layer", pytest.fail)
+    done = run(source[0], tmp_path / "out", kv_budget="100%", heal=2, rope=rope)
+    assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1e-5
+    assert all(layer.error == layer.error_before_healing for layer in done.layers)
+
+
 @pytest.fixture(scope="module")
 def halves(source, text, tmp_path_factory):
     """The tiny Llama at 50%, either kind of rope: (folder, what `convert` returned)."""
