@@ -302,6 +302,7 @@ class _Job:
                 )
             )
             self.progress(stage, layer + 1, self.layers, {"error": after})
+            del seen  # the largest thing in memory, before the next layer's is made
         prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
         for name in self.source.names():
             if not name.startswith(prefixes):

@@ -81,13 +81,14 @@ class LayerStream:
         """Runs one layer, which must be the next one, and says what its attention saw and did."""
         if self.hidden is None:
             self.hidden = self._embed()
-        entering = self.hidden.clone()
         module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
+        x, y = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
+        weights = self.hidden.new_empty(self.tokens.shape)
         seen: list[tuple[Tensor, Tensor]] = []
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
             lambda _, args, kwargs, out: seen.append(
-                ((args[0] if args else kwargs["hidden_states"]).cpu(), out[0].float().cpu())
+                (args[0] if args else kwargs["hidden_states"], out[0])
             ),
             with_kwargs=True,
         )
@@ -102,12 +103,12 @@ class LayerStream:
                         position_ids=positions,
                         position_embeddings=self.rotary(batch, positions),
                     )
+                x[rows], y[rows] = seen.pop()
+                weights[rows] = 1 / (self.hidden[rows] + y[rows]).square().sum(-1).clamp_min(1e-12)
                 self.hidden[rows] = (out[0] if isinstance(out, tuple) else out).cpu()
         finally:
             handle.remove()
             module.to("meta")
-        x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        weights = 1 / entering.add_(y).square().sum(-1).clamp_min(1e-12)
         return Activations(x, y, weights)
 
     def _rows(self) -> Iterator[slice]:
