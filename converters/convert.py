@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -161,7 +162,10 @@ def convert(
             dims = job.survey(tokens, Path(scratch))
         planned = (LayerReport(i, d.kv_lora_rank, d.qk_rope_head_dim) for i, d in enumerate(dims))
         return result(None, list(planned))
-    with _work_folder(output.with_name(f".{output.name}.work"), recipe, resume) as work:
+    # A text changed under the same name is another recipe.
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    note = json.dumps(asdict(recipe) | {"tokens": digest}, sort_keys=True)
+    with _work_folder(output.with_name(f".{output.name}.work"), note, resume) as work:
         dims = job.survey(tokens, work)
         with Writer(
             output, force=force, expected_bytes=source.bytes, protect=source.path
@@ -382,9 +386,12 @@ def converted_config(
 
 
 @contextlib.contextmanager
-def _work_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
-    """A folder for what is done of a conversion; it is left behind by an interruption alone."""
-    note = json.dumps(asdict(recipe), sort_keys=True)
+def _work_folder(folder: Path, note: str, resume: bool) -> Iterator[Path]:
+    """A folder for what is done of a conversion; it is left behind by an interruption alone.
+
+    Args:
+        note: what was asked for; only a run that was asked for the same is resumed.
+    """
     marker = folder / "recipe.json"
     if folder.exists() and not (resume and marker.exists() and marker.read_text() == note):
         if resume and marker.exists():

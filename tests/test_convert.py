@@ -338,6 +338,17 @@ def test_what_was_interrupted_is_resumed(rope, source, run, tmp_path, monkeypatc
         assert worked == ["mla_moments", "mla_moments", "heal_layer", "heal_layer"][number + 1 :]
 
 
+def test_a_changed_text_is_not_resumed(source, run, text, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    options = dict(calibration=str(own))
+    with pytest.raises(KeyboardInterrupt):
+        run(source[0], tmp_path / "out", progress=interrupted_at(("survey", 1))[0], **options)
+    own.write_text(text.read_text()[::-1])
+    with pytest.raises(InputError, match="another recipe"):
+        run(source[0], tmp_path / "out", resume=True, **options)
+
+
 def test_only_the_same_recipe_is_resumed(source, run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(source[0], tmp_path / "out", progress=interrupted_at(("survey", 1))[0])
