@@ -416,6 +416,11 @@ def test_a_resumed_run_gives_the_same_result(inputs, tmp_path, options):
         uptrain(config, output=tmp_path / "out")
     with pytest.raises(InputError, match="had another --rank"):
         uptrain(replace(config, rank=5), output=tmp_path / "out", resume=True)
+    text = inputs / "text.txt"
+    text.write_text(TEXT.upper())
+    with pytest.raises(InputError, match="has changed since"):
+        uptrain(config, output=tmp_path / "out", resume=True)
+    text.write_text(TEXT)
     seen = []
     done = uptrain(
         config,

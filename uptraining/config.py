@@ -6,7 +6,7 @@ from typing import Any
 
 from ..converters.errors import InputError
 
-# Found on the models of the benchmark in benchmarks/uptraining.py.
+# Starting values, not tuned yet: benchmarks/uptraining.py draws the curves to choose them from.
 LORA_LEARNING_RATE = 1e-3
 FULL_LEARNING_RATE = 2e-4
 

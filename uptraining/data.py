@@ -3,6 +3,7 @@
 Letters: n windows, L tokens in a window.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,15 @@ class Prepared:
     train: Windows
     held_out: Windows
     dropped: int
+
+    @property
+    def digest(self) -> str:
+        """Of all token ids, by which a resumed run knows its text."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            digest.update(repr(tuple(part.rows.shape)).encode())
+            digest.update(part.rows.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def prepare(tokenizer: Any, config: UptrainConfig) -> Prepared:

@@ -74,15 +74,19 @@ def uptrain(
     )
     if recipe.full and form == "adapter":
         raise InputError("--full trains no adapter. Give --merge, or leave --full out.")
+    if recipe.pissa and sharded():
+        raise InputError("--pissa needs whole weights on every process. Leave it out with FSDP.")
     check_place(output, form=form, force=force, source=source)
     work = work_of(output, recipe, resume=resume, force=force)
     if recipe.teacher != "none":
         check_same_tokens(str(recipe.teacher), config.model)
     data = prepare(load_tokenizer(config.model), recipe)
+    digest = data.digest
+    work.check_text(recipe, digest)
 
     arguments = trainer_arguments(recipe, work, output, place, report_to)
     if arguments.should_save:
-        work.begin(recipe)
+        work.begin(recipe, digest)
     # The other processes may not look for the folder before it is there.
     wait_for_all(arguments)
     set_seed(recipe.seed)

@@ -4,11 +4,14 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..converters.errors import InputError
 from .config import UptrainConfig
 
 RECIPE = "recipe.json"
+# The recipe's further entry, the digest of the tokens.
+TEXT = "text_sha256"
 # The Trainer writes it last.
 COMPLETE = "trainer_state.json"
 
@@ -30,11 +33,19 @@ class Work:
         """Where a PiSSA adapter's start is kept."""
         return self.folder / "start"
 
-    def begin(self, config: UptrainConfig) -> None:
+    def check_text(self, config: UptrainConfig, digest: str) -> None:
+        """Raises if the run to go on with read other tokens, under the same file names."""
+        if self.checkpoint is not None and _read(self.folder)[TEXT] != digest:
+            raise InputError(
+                f"the text of {config.data}, or the held-out one, has changed since the "
+                "interrupted run. Give --force without --resume to start again."
+            )
+
+    def begin(self, config: UptrainConfig, digest: str) -> None:
         if self.checkpoint is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(config), indent=2) + "\n"
+        text = json.dumps(asdict(config) | {TEXT: digest}, indent=2) + "\n"
         (self.folder / RECIPE).write_text(text, encoding="utf-8")
 
     def end(self) -> None:
@@ -56,7 +67,7 @@ def work_of(output: Path, config: UptrainConfig, *, resume: bool, force: bool) -
             f"{output} was begun before and interrupted at step {_step(found)}. Give --resume to "
             "go on with it, or --force to start again."
         )
-    differing = config.same_run(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+    differing = config.same_run(_read(folder))
     if differing:
         flags = ", ".join("--" + name.replace("_", "-") for name in differing)
         raise InputError(
@@ -64,6 +75,10 @@ def work_of(output: Path, config: UptrainConfig, *, resume: bool, force: bool) -
             "--force without --resume to start again."
         )
     return Work(folder, found)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
 
 
 def newest(folder: Path) -> Path | None:
