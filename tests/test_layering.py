@@ -20,7 +20,10 @@ FILES = {
 # Mathematics on tensors, for any library's models.
 PURE = [
     f"rehead.converters.{name}"
-    for name in ("activations", "calibration", "lowrank", "maps", "mla", "plan")
+    for name in (
+        *("activations", "calibration", "gqa", "grouping", "lowrank", "maps", "mla", "plan"),
+        *("refit", "shared_key"),
+    )
 ]
 
 
