@@ -2,20 +2,35 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .llama_mfa import LlamaMFAConfig, LlamaMFAForCausalLM, LlamaMFAModel
 from .llama_mla import LlamaMLAConfig, LlamaMLAForCausalLM, LlamaMLAModel
+from .mfa import MFAAttention
+from .mistral_mfa import MistralMFAConfig, MistralMFAForCausalLM, MistralMFAModel
 from .mistral_mla import MistralMLAConfig, MistralMLAForCausalLM, MistralMLAModel
 from .mla import MLAAttention
+from .qwen2_mfa import Qwen2MFAConfig, Qwen2MFAForCausalLM, Qwen2MFAModel
 from .qwen2_mla import Qwen2MLAConfig, Qwen2MLAForCausalLM, Qwen2MLAModel
 
 __all__ = [
+    "MFA_CLASSES",
     "MLA_CLASSES",
+    "LlamaMFAConfig",
+    "LlamaMFAForCausalLM",
+    "LlamaMFAModel",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",
     "LlamaMLAModel",
+    "MFAAttention",
     "MLAAttention",
+    "MistralMFAConfig",
+    "MistralMFAForCausalLM",
+    "MistralMFAModel",
     "MistralMLAConfig",
     "MistralMLAForCausalLM",
     "MistralMLAModel",
+    "Qwen2MFAConfig",
+    "Qwen2MFAForCausalLM",
+    "Qwen2MFAModel",
     "Qwen2MLAConfig",
     "Qwen2MLAForCausalLM",
     "Qwen2MLAModel",
@@ -27,8 +42,13 @@ MLA_CLASSES = {
     "mistral": (MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM),
     "qwen2": (Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM),
 }
+MFA_CLASSES = {
+    "llama": (LlamaMFAConfig, LlamaMFAModel, LlamaMFAForCausalLM),
+    "mistral": (MistralMFAConfig, MistralMFAModel, MistralMFAForCausalLM),
+    "qwen2": (Qwen2MFAConfig, Qwen2MFAModel, Qwen2MFAForCausalLM),
+}
 
-for _config, _model, _causal_lm in MLA_CLASSES.values():
+for _config, _model, _causal_lm in (*MLA_CLASSES.values(), *MFA_CLASSES.values()):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)

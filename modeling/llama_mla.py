@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from .mla import MLAAttention, MLAModelMixin, recorded_outputs
+from .converted_attention import ConvertedModelMixin, recorded_outputs
+from .mla import MLAAttention
 from .mla_config import MLAConfigMixin
 from .rope_slots import SlotRotaryMixin
 
@@ -24,7 +25,7 @@ class LlamaMLARotaryEmbedding(SlotRotaryMixin, LlamaRotaryEmbedding):
     pass
 
 
-class LlamaMLAModel(MLAModelMixin, LlamaModel):
+class LlamaMLAModel(ConvertedModelMixin, LlamaModel):
     config: LlamaMLAConfig
     _can_record_outputs = recorded_outputs(LlamaDecoderLayer)
 
@@ -36,7 +37,7 @@ class LlamaMLAModel(MLAModelMixin, LlamaModel):
         self.post_init()
 
 
-class LlamaMLAForCausalLM(MLAModelMixin, LlamaForCausalLM):
+class LlamaMLAForCausalLM(ConvertedModelMixin, LlamaForCausalLM):
     config: LlamaMLAConfig
     _can_record_outputs = LlamaMLAModel._can_record_outputs
 

@@ -10,7 +10,8 @@ from transformers.models.mistral.modeling_mistral import (
     MistralRotaryEmbedding,
 )
 
-from .mla import MLAAttention, MLAModelMixin, recorded_outputs
+from .converted_attention import ConvertedModelMixin, recorded_outputs
+from .mla import MLAAttention
 from .mla_config import MLAConfigMixin
 from .rope_slots import SlotRotaryMixin
 
@@ -26,7 +27,7 @@ class MistralMLARotaryEmbedding(SlotRotaryMixin, MistralRotaryEmbedding):
     pass
 
 
-class MistralMLAModel(MLAModelMixin, MistralModel):
+class MistralMLAModel(ConvertedModelMixin, MistralModel):
     config: MistralMLAConfig
     _can_record_outputs = recorded_outputs(MistralDecoderLayer)
 
@@ -38,7 +39,7 @@ class MistralMLAModel(MLAModelMixin, MistralModel):
         self.post_init()
 
 
-class MistralMLAForCausalLM(MLAModelMixin, MistralForCausalLM):
+class MistralMLAForCausalLM(ConvertedModelMixin, MistralForCausalLM):
     config: MistralMLAConfig
     _can_record_outputs = MistralMLAModel._can_record_outputs
 

@@ -6,14 +6,12 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .converted_attention import ConvertedAttention
 from .rope_slots import SlotAngles, rotate, slot_scores
 
 
-class MLAAttention(nn.Module):
+class MLAAttention(ConvertedAttention):
     """Attention of queries [q_nope | q_rope] over keys and values read from a latent (2405.04434).
 
     score = (q_nope . W_uk c + q_rope . k_rope) * head_dim ** -0.5 and value = W_uv c, with c the
@@ -26,17 +24,12 @@ class MLAAttention(nn.Module):
     """
 
     def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.kv_lora_rank, self.qk_rope_head_dim = config.layer_dims(layer_idx)
+        super().__init__(config, layer_idx)
+        self.kv_lora_rank = config.layer_width("kv_lora_rank", layer_idx)
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
 
         hidden, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
@@ -55,12 +48,6 @@ class MLAAttention(nn.Module):
             bias=config.kv_b_bias,
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
-        # Not saved: MLAModelMixin._init_weights fills it after a load in meta mode.
-        self.rope_index = nn.Buffer(self.make_rope_index(), persistent=False)
-
-    def make_rope_index(self) -> torch.Tensor:
-        """The frequency index of each rotated component, [d_r / 2]."""
-        return torch.tensor(self.config.layer_rope_pairs(self.layer_idx), dtype=torch.long)
 
     def forward(
         self,
@@ -80,8 +67,8 @@ class MLAAttention(nn.Module):
         query = query.view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
         if self.qk_rope_head_dim:
-            cos, sin = (x.index_select(-1, self.rope_index) for x in position_embeddings[:2])
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, d_r / 2]
+            # [B, 1, T, d_r / 2]
+            cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
             query, cached = self._rotate_tail(query, cos, sin), self._rotate_tail(cached, cos, sin)
 
         slots = None
@@ -100,11 +87,6 @@ class MLAAttention(nn.Module):
                 query, cached, attention_mask, slots, position_embeddings, **kwargs
             )
         return self.o_proj(output.reshape(batch, length, -1)), weights
-
-    def _rotate_tail(self, x, cos, sin):
-        """x with its last d_r dimensions rotated."""
-        still, turning = x.split([x.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], -1)
-        return torch.cat((still, rotate(turning, cos, sin)), dim=-1)
 
     def _expanded(self, query, cached, mask, slots, position_embeddings, **kwargs):
         """Attention [B, T, H, v] over keys and values formed for every cached token.
@@ -129,24 +111,12 @@ class MLAAttention(nn.Module):
                 scaling = scaling * angles.score_scaling
         elif self.qk_rope_head_dim:
             key = torch.cat((key, rope_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        return attention(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=scaling,
-            **kwargs,
-        )
+        return self._attend(query, key, value, mask, scaling, **kwargs)
 
     def _can_absorb(self, length: int, cached: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether W_uk and W_uv may, and should, be folded into the query and the output."""
         layer, on_read = self.kv_b_proj, self.config.rope_on_read
-        if self.training or torch.is_grad_enabled():
+        if not self._heads_may_be_rows(length, mask):
             return False
         # An adapter, a quantised or sharded or offloaded weight, autocast or a hook: what
         # kv_b_proj(x) gives is then not a product with its weight.
@@ -154,11 +124,6 @@ class MLAAttention(nn.Module):
         if type(weight) is not nn.Parameter or layer._forward_hooks or layer._forward_pre_hooks:
             return False
         if (weight.dtype, weight.device) != (cached.dtype, cached.device):
-            return False
-        if mask is None:
-            if length > 1:  # the attention function is to apply the causal mask
-                return False
-        elif mask.dim() != 4 or mask.shape[1] != 1:
             return False
         # A compiler fuses the rotation into the product that forms the keys; leave it whole.
         if on_read and torch.compiler.is_compiling():
@@ -190,60 +155,23 @@ class MLAAttention(nn.Module):
         per_head = n + self.v_head_dim
         weight = self.kv_b_proj.weight.view(-1, per_head, r)  # [g, n + v, r]
         bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(-1, per_head)
-        groups, rows = weight.shape[0], cached.squeeze(1)  # [B, S, r + d_r]
-        weights = None
+        groups = weight.shape[0]
         if self.config.rope_on_read:
             key_bias = None if bias is None else bias[:, :n]
-            scores = slot_scores(query, rows, weight[:, :n], key_bias, slots, angles)
+            scores = slot_scores(query, cached.squeeze(1), weight[:, :n], key_bias, slots, angles)
             scores = scores.view(batch, heads, length, -1) * (self.scaling * angles.score_scaling)
             weights = self._softmax(scores, mask, query.dtype)
+            mixed = self._mix(weights, cached)
         else:
             # The keys' bias adds the same to all scores of a query, which softmax cannot see.
             free = query[..., :n].unflatten(1, (groups, -1))
             free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n])
             query = torch.cat((free.flatten(1, 2), query[..., n:]), dim=-1)
-            if self.config._attn_implementation == "eager":
-                scores = (query.flatten(1, 2) @ rows.transpose(1, 2)) * self.scaling
-                weights = self._softmax(scores.view(batch, heads, length, -1), mask, query.dtype)
-        if weights is None:
-            # Tokens stand where heads would, so the mask needs no copy for each head. The whole row
-            # is the value too: equal widths take the fused kernel, and the excess is cut off.
-            shared = cached.expand(-1, length, -1, -1)
-            mixed = nn.functional.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                shared,
-                shared,
-                attn_mask=None if mask is None else mask.transpose(1, 2),
-                scale=self.scaling,
-            )
-            mixed = mixed[..., :r].transpose(1, 2)  # [B, H, T, r]
-        else:
-            mixed = (weights.flatten(1, 2) @ rows[..., :r]).view(batch, heads, length, r)
+            # The whole row is the value too: equal widths take the fused kernel, and the excess is
+            # cut off.
+            mixed, weights = self._attend_as_rows(query, cached, cached, mask)
+            mixed = mixed[..., :r]
         output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), weight[:, n:])
         if bias is not None:
             output = output + bias[:, None, n:]
         return output.flatten(2, 3), weights
-
-    @staticmethod
-    def _softmax(scores, mask, dtype):
-        """softmax of scores [B, H, T, S] under a boolean or additive mask, in fp32 or wider."""
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        elif mask is not None:
-            scores = scores + mask
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        return nn.functional.softmax(scores, dim=-1, dtype=wide).to(dtype)
-
-
-class MLAModelMixin(PreTrainedModel):
-    """What a family's MLA classes need beyond the family's own."""
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MLAAttention):
-            init.copy_(module.rope_index, module.make_rope_index())
-
-
-def recorded_outputs(decoder_layer: type[nn.Module]) -> dict[str, type[nn.Module]]:
-    """Where `output_hidden_states` and `output_attentions` are recorded."""
-    return {"hidden_states": decoder_layer, "attentions": MLAAttention}

@@ -10,7 +10,8 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
 )
 
-from .mla import MLAAttention, MLAModelMixin, recorded_outputs
+from .converted_attention import ConvertedModelMixin, recorded_outputs
+from .mla import MLAAttention
 from .mla_config import MLAConfigMixin
 from .rope_slots import SlotRotaryMixin
 
@@ -25,7 +26,7 @@ class Qwen2MLARotaryEmbedding(SlotRotaryMixin, Qwen2RotaryEmbedding):
     pass
 
 
-class Qwen2MLAModel(MLAModelMixin, Qwen2Model):
+class Qwen2MLAModel(ConvertedModelMixin, Qwen2Model):
     config: Qwen2MLAConfig
     _can_record_outputs = recorded_outputs(Qwen2DecoderLayer)
 
@@ -37,7 +38,7 @@ class Qwen2MLAModel(MLAModelMixin, Qwen2Model):
         self.post_init()
 
 
-class Qwen2MLAForCausalLM(MLAModelMixin, Qwen2ForCausalLM):
+class Qwen2MLAForCausalLM(ConvertedModelMixin, Qwen2ForCausalLM):
     config: Qwen2MLAConfig
     _can_record_outputs = Qwen2MLAModel._can_record_outputs
 

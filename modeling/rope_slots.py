@@ -77,6 +77,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((real * cos - imag * sin, imag * cos + real * sin), dim=-1).to(x.dtype)
 
 
+def _chunks(total: int, device: torch.device) -> tuple[int, torch.Tensor]:
+    """Slots to a chunk, and the first slot of each."""
+    size = min(total, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+    return size, torch.arange(0, total, size, device=device)
+
+
 def slot_scores(
     query: torch.Tensor,
     latent: torch.Tensor,
@@ -96,8 +102,7 @@ def slot_scores(
     groups, _, rank = weight.shape
     total, device = latent.shape[1], latent.device
     work = torch.promote_types(latent.dtype, torch.float32)
-    size = min(total, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
-    starts = torch.arange(0, total, size, device=device)
+    size, starts = _chunks(total, device)
 
     # Pairs side by side, as complex numbers lie in memory.
     rows = weight.view(groups, 2, dim // 2, rank).transpose(1, 2).reshape(groups * dim, rank)
@@ -124,4 +129,44 @@ def slot_scores(
         pairs.mul_(phase[: pairs.shape[1]])
         keys = keys.view(batch, -1, groups * dim)
         scores[..., start : start + size] = torch.bmm(keys, blocks[chunk]).transpose(1, 2)
+    return scores
+
+
+def shared_key_scores(
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    index: torch.Tensor,
+    slots: torch.Tensor,
+    angles: SlotAngles,
+) -> torch.Tensor:
+    """Unscaled scores [B, H * T, S] of query [B, H, T, C] at `slots` [T] against one rotated key.
+
+    Key s is latent [B, S, C] with its last 2 n dimensions turned by the slot and the n frequencies
+    `index`; only they take `angles.score_scaling`. As in `slot_scores`, a chunk of keys is turned
+    by their offset within it, and the query by the rest of the angle.
+    """
+    batch, heads, length, width = query.shape
+    total, half = latent.shape[1], len(index)
+    parts = [width - 2 * half, half, half]  # position-free, real, imaginary
+    work = torch.promote_types(latent.dtype, torch.float32)
+    size, starts = _chunks(total, latent.device)
+
+    cos, sin = (x.index_select(-1, index) for x in angles.table(size, latent.device))
+    # [chunks, T, n]
+    rest = [x.index_select(-1, index) for x in angles.at(slots - starts[:, None])]
+    free, tail = query.to(work).split([parts[0], 2 * half], dim=-1)
+    free, tail = free.flatten(1, 2), tail * angles.score_scaling
+
+    scores = latent.new_empty(batch, heads * length, total, dtype=work)
+    for chunk, start in enumerate(range(0, total, size)):
+        rows = latent[:, start : start + size].to(work)
+        c, s = cos[: rows.shape[1]], sin[: rows.shape[1]]
+        still, real, imag = rows.split(parts, dim=-1)
+        real, imag = torch.addcmul(real * c, imag, s, value=-1), torch.addcmul(imag * c, real, s)
+        turned = rotate(tail, rest[0][chunk], rest[1][chunk]).flatten(1, 2).chunk(2, dim=-1)
+        # Summed as scores: joined as keys, the parts would be written once more.
+        score = torch.bmm(free, still.transpose(1, 2))
+        score = torch.baddbmm(score, turned[0], real.transpose(1, 2))
+        score = torch.baddbmm(score, turned[1], imag.transpose(1, 2))
+        scores[..., start : start + size] = score
     return scores

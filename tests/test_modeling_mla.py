@@ -2,16 +2,13 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import block_output, error, step_by_step, turn
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from rehead.modeling import (
@@ -44,18 +41,6 @@ def left_padding(ids) -> torch.Tensor:
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     return mask
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest error relative to the largest entry."""
-    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
-
-
-def turn(vector: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """[real parts | imaginary parts] as complex numbers, times exp(i angles)."""
-    n = len(angles)
-    z = torch.complex(vector[:n], vector[n:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((z.real, z.imag))
 
 
 def naive(
@@ -95,15 +80,6 @@ def naive(
     return f.o_proj(torch.stack(out))
 
 
-def block_output(model, layer_idx: int, x: torch.Tensor, implementation: str) -> torch.Tensor:
-    """The attention block's own output on x [1, T, hidden], without a cache."""
-    model.set_attn_implementation(implementation)
-    length = x.shape[1]
-    mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-    rope = model.model.rotary_emb(x, torch.arange(length)[None])
-    return model.model.layers[layer_idx].self_attn(x, rope, mask)[0]
-
-
 CASES = [
     ("decoupled", {}),
     ("decoupled", tiny.BIASES | dict(q_lora_rank=7)),
@@ -129,24 +105,6 @@ def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementat
             assert error(got, naive(layer.self_attn, x[0], inv_freq, twist)) > 1e-2
 
 
-def step_by_step(model, ids, mask, first: int, sizes: list[int], cache=None) -> torch.Tensor:
-    """Logits of a prefill of `first` tokens and then steps of `sizes`, through the cache."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits, start = [], 0
-    for size in (first, *sizes):
-        at = slice(start, start + size)
-        out = model(
-            ids[:, at],
-            attention_mask=mask[:, : at.stop],
-            position_ids=positions[:, at],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache, start = out.past_key_values, at.stop
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)
-
-
 @pytest.mark.parametrize("rope_type", list(tiny.ROPE_TYPES))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +113,7 @@ def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, le
     """Every pair of every head kept is the identity, for any kind of RoPE, cached or not."""
     stock = tiny.source(family, rope_parameters=tiny.ROPE_TYPES[rope_type])
     ours = tiny.exact(stock, family, form)
-    positions = (left_padding.cumsum(-1) - 1).clamp(min=0)
+    positions = tiny.positions_of(left_padding)
     want = stock(ids, attention_mask=left_padding, position_ids=positions).logits
     real = left_padding.bool()
     assert (
@@ -174,15 +132,6 @@ def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, le
         assert error(ours(long).logits, short(long).logits) > 1e-2
 
 
-def absorb(monkeypatch, always: bool):
-    """Take one path always, except that a causal mask left to the attention function needs it."""
-    monkeypatch.setattr(
-        MLAAttention,
-        "_can_absorb",
-        lambda self, length, cached, mask: always and (length == 1 or mask is not None),
-    )
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("form", "fields"), CASES)
 @torch.no_grad()
@@ -192,15 +141,15 @@ def test_cached_steps_equal_the_full_forward(
     model = tiny.mla(form=form, **fields)
     model.set_attn_implementation(implementation)
     real = left_padding.bool()
-    positions = (left_padding.cumsum(-1) - 1).clamp(min=0)
+    positions = tiny.positions_of(left_padding)
     want = model(ids, attention_mask=left_padding, position_ids=positions, use_cache=False).logits[
         real
     ]
     assert error(step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real], want) < 1e-5
-    absorb(monkeypatch, False)
+    tiny.absorb(monkeypatch, MLAAttention, False)
     assert error(step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real], want) < 1e-5
     monkeypatch.setattr(rope_slots, "CPU_CHUNK", 3)
-    absorb(monkeypatch, True)
+    tiny.absorb(monkeypatch, MLAAttention, True)
     got = step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real]
     assert error(got, want) < 1e-5
 
@@ -213,7 +162,7 @@ def test_absorbed_long_context_equals_expanded(form, monkeypatch):
     ids = torch.randint(3, 61, (1, 2500))
     prefill = model(ids[:, :-1])
     got = model(ids[:, -1:], past_key_values=copy.deepcopy(prefill.past_key_values)).logits
-    absorb(monkeypatch, False)
+    tiny.absorb(monkeypatch, MLAAttention, False)
     want = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
     assert not torch.equal(got, want)  # two ways were taken
     assert error(got, want) < 1e-5
@@ -233,20 +182,6 @@ def test_wrong_slot_shows(ids, monkeypatch):
     assert error(step_by_step(model, ids, ones, 14, [1] * 6), want) > 1e-2
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers any operation wrote to new memory."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        owned = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in owned:
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
@@ -254,21 +189,14 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
     model = tiny.mla(form=form)
     attn, length = model.model.layers[0].self_attn, 1000
     rows = torch.randn(2, 1, length, sum(model.config.layer_dims(0)))
-
-    class Full:
-        def get_seq_length(self, layer_idx):
-            return length - 1
-
-        def update(self, keys, values, layer_idx):
-            return rows, rows[..., :0]
-
+    full = tiny.FullCache(rows, rows[..., :0])
     x = torch.randn(2, 1, 32)
     rope = model.model.rotary_emb(x, torch.tensor([[length - 1]]))
-    with Largest() as absorbed:
-        attn(x, rope, None, Full())
-    absorb(monkeypatch, False)
-    with Largest() as expanded:
-        attn(x, rope, None, Full())
+    with tiny.Largest() as absorbed:
+        attn(x, rope, None, full)
+    tiny.absorb(monkeypatch, MLAAttention, False)
+    with tiny.Largest() as expanded:
+        attn(x, rope, None, full)
     # The scores, heads * length, are all there is.
     assert absorbed.numel <= 2 * 4 * length < rows.numel() <= expanded.numel
 
@@ -283,34 +211,14 @@ def test_cache_holds_the_latent_and_the_rotated_key_alone(form, ids):
         assert held == ids.numel() * sum(model.config.layer_dims(i)) * 4
 
 
-GENERATE = [
-    dict(do_sample=False),
-    dict(do_sample=True, temperature=0.7),
-    dict(num_beams=3, do_sample=False),
-    dict(do_sample=False, cache_implementation="static"),
-]
-
-
-@pytest.mark.parametrize("options", GENERATE, ids=["greedy", "sample", "beams", "static"])
+@pytest.mark.parametrize("kind", tiny.GENERATE)
 @pytest.mark.parametrize("form", FORMS)
-def test_generate_agrees_with_and_without_cache(form, options, ids, left_padding):
-    model = tiny.mla(form=form)
-    results = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        chosen = options if use_cache else options | {"cache_implementation": None}
-        results.append(
-            model.generate(
-                ids,
-                attention_mask=left_padding,
-                max_new_tokens=12,
-                min_new_tokens=12,
-                use_cache=use_cache,
-                **chosen,
-            )
-        )
-    assert results[0].shape == (2, 32)
-    assert torch.equal(*results)
+def test_generate_agrees_with_and_without_cache(form, kind, ids, left_padding):
+    with_cache, without = tiny.generated(
+        tiny.mla(form=form), ids, left_padding, **tiny.GENERATE[kind]
+    )
+    assert with_cache.shape == (2, 32)
+    assert torch.equal(with_cache, without)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -409,6 +317,8 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     model.config.save_pretrained(tmp_path)
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert {p.name for p in tmp_path.glob("*.py")} == {
+        "converted_attention.py",
+        "converted_config.py",
         "llama_mla.py",
         "mla.py",
         "mla_config.py",
@@ -419,43 +329,10 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-REMOTE = """
-import sys, torch
-sys.modules["rehead"] = None  # importing it raises
-from transformers import AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
-ids, want = torch.load(folder + "/want.pt")
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules"), type(model)
-with torch.no_grad():
-    assert torch.equal(model(ids).logits, want)
-    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert torch.equal(model.lm_head(base(ids).last_hidden_state), want)
-model.save_pretrained(folder + "/again")
-model = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-with torch.no_grad():
-    assert torch.equal(model(ids).logits, want)
-print("equal")
-"""
-
-
 @pytest.mark.parametrize(("family", "form"), [("llama", "decoupled"), ("qwen2", "on_read")])
 def test_checkpoint_carries_its_code(family, form, ids, tmp_path):
     """In a process that cannot import rehead."""
-    model = tiny.mla(family, form)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.save((ids, model(ids).logits), tmp_path / "model" / "want.pt")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "model")],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    tiny.load_without_rehead(tiny.mla(family, form), ids, tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -585,5 +462,5 @@ def test_config_defaults_and_plans():
     assert plan["layers.*.self_attn.kv_a_proj_with_mqa"] == "mla_kv_a_proj"
     assert plan["layers.*.mlp.down_proj"] == "rowwise"
     assert "layers.*.self_attn.k_proj" not in plan
-    names = {name.rpartition(".")[0] for name in mla_module.MLAAttention(config, 0).state_dict()}
+    names = {name.rpartition(".")[0] for name in MLAAttention(config, 0).state_dict()}
     assert names == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

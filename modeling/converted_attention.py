@@ -1,0 +1,118 @@
+"""What the attention of every converted form shares.
+
+B batch, T query tokens, S tokens in the cache, H query heads, d_r width of the rotated dimensions.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .rope_slots import rotate
+
+
+class ConvertedAttention(nn.Module):
+    """Queries and keys whose last d_r dimensions turn with chosen frequencies of the source."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.qk_rope_head_dim = config.layer_width("qk_rope_head_dim", layer_idx)
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        # Not saved: ConvertedModelMixin._init_weights fills it after a load in meta mode.
+        self.rope_index = nn.Buffer(self.make_rope_index(), persistent=False)
+
+    def make_rope_index(self) -> torch.Tensor:
+        """The frequency index of each rotated component, [d_r / 2]."""
+        return torch.tensor(self.config.layer_rope_pairs(self.layer_idx), dtype=torch.long)
+
+    def init_own(self):
+        """Fill what no submodule holds."""
+        init.copy_(self.rope_index, self.make_rope_index())
+
+    def _select(self, angles):
+        """The rotated components' own of cos and sin, each [..., d_r / 2]."""
+        return tuple(x.index_select(-1, self.rope_index) for x in angles)
+
+    def _rotate_tail(self, x, cos, sin):
+        """x with its last d_r dimensions rotated."""
+        still, turning = x.split([x.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], -1)
+        return torch.cat((still, rotate(turning, cos, sin)), dim=-1)
+
+    def _attend(self, query, key, value, mask, scaling, **kwargs):
+        """Attention [B, T, H, v], and its weights where they were made, as the config has it."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=scaling,
+            **kwargs,
+        )
+
+    def _heads_may_be_rows(self, length: int, mask: torch.Tensor | None) -> bool:
+        """Whether no gradient is wanted, and one explicit mask serves all heads."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        if mask is None:
+            return length == 1  # else the attention function is to apply the causal mask
+        return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == 1
+
+    def _attend_as_rows(self, query, key, value, mask):
+        """Attention [B, H, T, v] of query [B, H, T, k] over one key and one value [B, 1, S, ...].
+
+        The heads are rows of one product, so neither key nor value is copied for each head.
+        """
+        batch, heads, length, _ = query.shape
+        if self.config._attn_implementation == "eager":
+            scores = (query.flatten(1, 2) @ key.squeeze(1).transpose(1, 2)) * self.scaling
+            weights = self._softmax(scores.view(batch, heads, length, -1), mask, query.dtype)
+            return self._mix(weights, value), weights
+        # Tokens stand where heads would, so the mask needs no copy for each head.
+        mixed = nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.expand(-1, length, -1, -1),
+            value.expand(-1, length, -1, -1),
+            attn_mask=None if mask is None else mask.transpose(1, 2),
+            scale=self.scaling,
+        )
+        return mixed.transpose(1, 2), None
+
+    @staticmethod
+    def _mix(weights, value):
+        """Weights [B, H, T, S] times one value [B, 1, S, v], as [B, H, T, v]."""
+        batch, heads, length, _ = weights.shape
+        return (weights.flatten(1, 2) @ value.squeeze(1)).view(batch, heads, length, -1)
+
+    @staticmethod
+    def _softmax(scores, mask, dtype):
+        """softmax of scores [B, H, T, S] under a boolean or additive mask, in fp32 or wider."""
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return nn.functional.softmax(scores, dim=-1, dtype=wide).to(dtype)
+
+
+class ConvertedModelMixin(PreTrainedModel):
+    """What a family's converted classes need beyond the family's own."""
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConvertedAttention):
+            module.init_own()
+
+
+def recorded_outputs(decoder_layer: type[nn.Module]) -> dict[str, type[nn.Module]]:
+    """Where `output_hidden_states` and `output_attentions` are recorded."""
+    return {"hidden_states": decoder_layer, "attentions": ConvertedAttention}

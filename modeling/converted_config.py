@@ -1,0 +1,134 @@
+"""Configuration fields of a converted model, shared by every form and family."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class ConvertedConfigMixin(PreTrainedConfig):
+    """Fields that turn a family's config into one of a converted form, and their checks.
+
+    `head_dim`, `rope_parameters` and `num_key_value_heads` stay those of the source model: scores
+    are scaled by `head_dim ** -0.5`, and `rope_pairs` points into the source's frequencies. A width
+    that differs between layers has a list `<name>_per_layer`, and `<name>` is then the largest.
+    """
+
+    form_name: ClassVar[str] = ""
+    attention_tp_plan: ClassVar[dict[str, str]] = {}
+    # The widths with a list for layers, and the least each may be.
+    least_widths: ClassVar[dict[str, int]] = {"qk_rope_head_dim": 0}
+
+    qk_rope_head_dim: int = 64
+    qk_rope_head_dim_per_layer: list[int] | None = None
+    rope_pairs: list[list[int]] | None = None
+    q_bias: bool = False
+    o_bias: bool = False
+    conversion: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.model_type:  # a form alone has no family's plan to keep
+            plan = cls.base_model_tp_plan or {}
+            mlp = {k: v for k, v in plan.items() if ".self_attn." not in k}
+            attention = {f"layers.*.self_attn.{k}": v for k, v in cls.attention_tp_plan.items()}
+            cls.base_model_tp_plan = attention | mlp
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if getattr(self, "head_dim", None) is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_source()
+        self._check_widths()
+        self._check_rope()
+
+    def layer_width(self, name: str, layer_idx: int) -> int:
+        """The width `name` of one layer."""
+        widths = getattr(self, f"{name}_per_layer")
+        return getattr(self, name) if widths is None else widths[layer_idx]
+
+    def layer_rope_pairs(self, layer_idx: int) -> list[int]:
+        """The frequency index of each of one layer's d_r / 2 rotated components."""
+        if self.rope_pairs is None:
+            return list(range(self.layer_width("qk_rope_head_dim", layer_idx) // 2))
+        return self.rope_pairs[layer_idx]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Also name every class the copied code holds, so that any Auto class finds its own."""
+        module = type(self).__module__.rsplit(".", 1)[-1]
+        stem = f"{module}.{type(self).__name__.removesuffix('Config')}"
+        self.auto_map = {
+            "AutoConfig": f"{stem}Config",
+            "AutoModel": f"{stem}Model",
+            "AutoModelForCausalLM": f"{stem}ForCausalLM",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _check_source(self):
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(
+                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}."
+            )
+        if getattr(self, "sliding_window", None) is not None:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} is in use, but {self.form_name} layers "
+                "attend to every token. Use a source without a sliding window."
+            )
+        if "sliding_attention" in (getattr(self, "layer_types", None) or []):
+            raise ValueError(
+                f"layer_types holds sliding_attention layers, but {self.form_name} layers attend "
+                "to every token. Use a source without sliding windows."
+            )
+        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "rope_parameters has a partial_rotary_factor; only sources that rotate the whole "
+                "head are supported."
+            )
+
+    def _check_at_least_one(self, *names: str):
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    def _check_widths(self):
+        for name, least in self.least_widths.items():
+            widths, largest = getattr(self, f"{name}_per_layer"), getattr(self, name)
+            if widths is None:
+                continue
+            if len(widths) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name}_per_layer has {len(widths)} entries for "
+                    f"num_hidden_layers={self.num_hidden_layers}; give one for each layer."
+                )
+            if min(widths) < least or max(widths) != largest:
+                raise ValueError(
+                    f"{name}_per_layer spans {min(widths)} to {max(widths)}; it must start at "
+                    f"{least} or more and its largest entry must be {name}={largest}."
+                )
+        for layer_idx in range(self.num_hidden_layers):
+            rotated = self.layer_width("qk_rope_head_dim", layer_idx)
+            if rotated % 2 or rotated < 0:
+                raise ValueError(
+                    f"qk_rope_head_dim={rotated} of layer {layer_idx} must be even, 0 or more."
+                )
+
+    def _check_rope(self):
+        frequencies = self.head_dim // 2
+        if self.rope_pairs is not None and len(self.rope_pairs) != self.num_hidden_layers:
+            raise ValueError(
+                f"rope_pairs has {len(self.rope_pairs)} lists for "
+                f"num_hidden_layers={self.num_hidden_layers}; give one for each layer."
+            )
+        for layer_idx in range(self.num_hidden_layers):
+            pairs = self.layer_rope_pairs(layer_idx)
+            rotated = self.layer_width("qk_rope_head_dim", layer_idx)
+            if len(pairs) != rotated // 2:
+                raise ValueError(
+                    f"rope_pairs[{layer_idx}] has {len(pairs)} entries, but qk_rope_head_dim="
+                    f"{rotated} needs {rotated // 2}, one for each two dimensions."
+                )
+            if any(not 0 <= pair < frequencies for pair in pairs):
+                raise ValueError(
+                    f"rope_pairs[{layer_idx}] spans {min(pairs)} to {max(pairs)}; it must hold "
+                    f"indices of the source's head_dim / 2 frequencies, 0 to {frequencies - 1}."
+                )

@@ -1,0 +1,74 @@
+"""Configuration fields of multi-matrix factorization attention, shared by every family."""
+
+from typing import ClassVar
+
+from .converted_config import ConvertedConfigMixin
+
+
+class MFAConfigMixin(ConvertedConfigMixin):
+    """Fields that turn a family's config into one of its MFA or MFA-KR form.
+
+    `head_dim`, `rope_parameters` and `num_key_value_heads` stay those of the source model: scores
+    are scaled by `head_dim ** -0.5`, and `rope_pairs` points into the source's frequencies.
+
+    Args:
+        mfa_head_dim: Width C of the one key and the one value, and of every query head; the largest
+            over layers where they differ.
+        share_q_dim: Width of the query's projection that all heads share; the largest over layers
+            where they differ.
+        qk_rope_head_dim: Width d_r of the key's rotated tail, twice its number of components; the
+            largest over layers where they differ.
+        mfa_head_dim_per_layer: C of each layer; None where all have `mfa_head_dim`.
+        share_q_dim_per_layer: The shared query width of each layer; None where all have
+            `share_q_dim`.
+        qk_rope_head_dim_per_layer: d_r of each layer, 0 allowed; None where all have
+            `qk_rope_head_dim`.
+        rope_pairs: For each layer, the index of every rotated component's frequency among the
+            source's `head_dim / 2`, repeats allowed. None: component j turns with frequency j.
+        key_reuse: MFA-KR: the value is a map of the unrotated key, which alone is cached, and
+            rotated when it is read, by its slot.
+        use_inter_norm: An RMSNorm over the shared query.
+        conversion: The recipe the checkpoint was made with.
+    """
+
+    form_name: ClassVar[str] = "MFA"
+    # All heads read one key and one value, whose gradients no head-wise split would complete: the
+    # two wide matrices are split, the heads are not.
+    attention_tp_plan: ClassVar[dict[str, str]] = {"wq": "colwise_rep", "o_proj": "colwise_rep"}
+    least_widths: ClassVar[dict[str, int]] = {
+        "mfa_head_dim": 1,
+        "share_q_dim": 1,
+        "qk_rope_head_dim": 0,
+    }
+
+    mfa_head_dim: int = 256
+    share_q_dim: int = 1024
+    mfa_head_dim_per_layer: list[int] | None = None
+    share_q_dim_per_layer: list[int] | None = None
+    key_reuse: bool = False
+    use_inter_norm: bool = False
+    k_bias: bool = False
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head; having it tells transformers that the cache has its own width."""
+        return self.mfa_head_dim
+
+    def layer_dims(self, layer_idx: int) -> tuple[int, int, int]:
+        """(C, shared query width, d_r) of one layer."""
+        return (
+            self.layer_width("mfa_head_dim", layer_idx),
+            self.layer_width("share_q_dim", layer_idx),
+            self.layer_width("qk_rope_head_dim", layer_idx),
+        )
+
+    def _check_widths(self):
+        self._check_at_least_one("mfa_head_dim", "share_q_dim")
+        super()._check_widths()
+        for layer_idx in range(self.num_hidden_layers):
+            width, _, rotated = self.layer_dims(layer_idx)
+            if rotated > width:
+                raise ValueError(
+                    f"qk_rope_head_dim={rotated} of layer {layer_idx} must not exceed its "
+                    f"mfa_head_dim={width}."
+                )

@@ -1,0 +1,433 @@
+"""The MFA classes against a naive fp64 reference, the stock classes, and themselves."""
+
+import copy
+
+import peft
+import pytest
+import tiny
+import torch
+from tiny import block_output, error, step_by_step, turn
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+from rehead.modeling import (
+    LlamaMFAConfig,
+    LlamaMFAForCausalLM,
+    MFAAttention,
+    MistralMFAConfig,
+    Qwen2MFAConfig,
+    rope_slots,
+)
+from rehead.modeling import mfa as mfa_module
+
+FAMILIES, FORMS = list(tiny.MFA), list(tiny.MFA_FORMS)
+UNEVEN = dict(
+    mfa_head_dim_per_layer=[11, 5],
+    share_q_dim_per_layer=[4, 9],
+    qk_rope_head_dim_per_layer=[6, 0],
+    rope_pairs=[[3, 0, 0], []],
+)
+VARIANTS = [{}, tiny.MFA_BIASES | UNEVEN | dict(use_inter_norm=True)]
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def left_padding(ids) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    return mask
+
+
+def naive(
+    attn: MFAAttention, x: torch.Tensor, inv_freq: torch.Tensor, twist: str = ""
+) -> torch.Tensor:
+    """The block's output [T, hidden] on x [T, hidden], one head and one pair of tokens at a time.
+
+    `twist` breaks one thing on purpose: a key one slot off ("slot"), pairs of neighbours ("layout")
+    or frequencies in another order, the "scaling" by C, no "alpha", values of "rotated" keys.
+    """
+    c, f = attn.config, copy.deepcopy(attn).double()
+    x, freqs = x.double(), inv_freq.double()[c.layer_rope_pairs(attn.layer_idx)]
+    width, still = f.mfa_head_dim, f.mfa_head_dim - f.qk_rope_head_dim
+    q = f.q_proj(x)
+    if c.use_inter_norm:
+        q = q / (q.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * f.inter_norm.weight
+    q, k = f.wq(q).view(len(x), -1, width), f.k_proj(x)
+    if twist == "frequency":
+        freqs = freqs.roll(1)
+
+    def placed(vector, position):
+        tail = vector[still:]
+        if twist == "layout":
+            tail = tail.view(-1, 2).T.flatten()
+        return torch.cat((vector[:still], turn(tail, position * freqs)))
+
+    keys = torch.stack([placed(row, s + (twist == "slot")) for s, row in enumerate(k)])
+    if c.key_reuse:
+        read = keys if twist == "rotated" else k
+        alpha = torch.ones(width) if twist == "alpha" else f.kr_alpha
+        value = read + (read @ f.kr_proj.weight.T) * alpha
+    else:
+        value = f.v_proj(x)
+    scale = (width if twist == "scaling" else c.head_dim) ** -0.5
+    out = []
+    for t in range(len(x)):
+        parts = []
+        for h in range(c.num_attention_heads):
+            scores = [placed(q[t, h], t) @ keys[s] * scale for s in range(t + 1)]
+            parts.append(torch.stack(scores).softmax(0) @ value[: t + 1])
+        out.append(torch.cat(parts))
+    return f.o_proj(torch.stack(out))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fields", VARIANTS)
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementation):
+    model = tiny.mfa(form=form, **fields)
+    inv_freq = model.model.rotary_emb.inv_freq
+    for layer_idx, layer in enumerate(model.model.layers):
+        attn, x = layer.self_attn, torch.randn(1, 7, 32)
+        got = block_output(model, layer_idx, x, implementation)[0]
+        assert error(got, naive(attn, x[0], inv_freq)) < 2e-6
+        twists = ["scaling"]
+        if attn.qk_rope_head_dim:
+            twists += ["slot", "layout", "frequency"]
+        if form == "mfa_kr":
+            twists += ["alpha"] + ["rotated"] * bool(attn.qk_rope_head_dim)
+        for twist in twists:
+            assert error(got, naive(attn, x[0], inv_freq, twist)) > 1e-2, twist
+
+
+@pytest.mark.parametrize("rope_type", list(tiny.ROPE_TYPES))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, left_padding):
+    """All KV heads side by side in one are the identity, for any kind of RoPE, cached or not."""
+    stock = tiny.source(family, rope_parameters=tiny.ROPE_TYPES[rope_type])
+    ours = tiny.exact_mfa(stock, family, form)
+    padded = dict(attention_mask=left_padding, position_ids=tiny.positions_of(left_padding))
+    want, real = stock(ids, **padded).logits, left_padding.bool()
+    assert error(ours(ids, **padded).logits[real], want[real]) < 1e-5
+    cached = step_by_step(ours, ids, left_padding, 15, [1, 1, 3])
+    assert error(cached[real], want[real]) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fields", VARIANTS)
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_cached_steps_equal_the_full_forward(
+    form, fields, implementation, ids, left_padding, monkeypatch
+):
+    yarn = tiny.ROPE_TYPES["yarn"]  # its factor is for the rotated part alone
+    model = tiny.mfa(form=form, rope_parameters=yarn, **fields)
+    model.set_attn_implementation(implementation)
+    real, positions = left_padding.bool(), tiny.positions_of(left_padding)
+    want = model(ids, attention_mask=left_padding, position_ids=positions, use_cache=False).logits
+
+    def steps():
+        return error(step_by_step(model, ids, left_padding, 14, [1, 1, 4])[real], want[real])
+
+    assert steps() < 1e-5
+    tiny.absorb(monkeypatch, MFAAttention, False)
+    assert steps() < 1e-5
+    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 3)
+    tiny.absorb(monkeypatch, MFAAttention, True)
+    assert steps() < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_decode_over_long_context_equals_expanded(form, monkeypatch):
+    """Over several chunks of keys and thousands of slots."""
+    model = tiny.mfa(form=form, num_hidden_layers=1, rope_pairs=None, max_position_embeddings=4096)
+    ids = torch.randint(3, 61, (1, 2500))
+    prefill = model(ids[:, :-1])
+    got = model(ids[:, -1:], past_key_values=copy.deepcopy(prefill.past_key_values)).logits
+    tiny.absorb(monkeypatch, MFAAttention, False)
+    want = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
+    assert error(got, want) < 1e-5
+
+
+@torch.no_grad()
+def test_wrong_slot_shows(ids, monkeypatch):
+    """The twin of the two tests above: a query one slot off must fail their tolerance."""
+    model, ones = tiny.mfa(form="mfa_kr"), torch.ones_like(ids)
+    want = model(ids, use_cache=False).logits
+    right = rope_slots.shared_key_scores
+    monkeypatch.setattr(
+        mfa_module, "shared_key_scores", lambda *args: right(*args[:3], args[3] + 1, args[4])
+    )
+    assert error(step_by_step(model, ids, ones, 17, [1] * 3), want) > 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_decode_step_forms_nothing_as_large_as_the_cache(form, implementation, monkeypatch):
+    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 64)
+    model = tiny.mfa(form=form)
+    model.set_attn_implementation(implementation)
+    attn, length = model.model.layers[0].self_attn, 1000
+    rows = torch.randn(2, 1, length, 11)
+    full = tiny.FullCache(rows, rows[..., :0] if form == "mfa_kr" else torch.randn_like(rows))
+    x = torch.randn(2, 1, 32)
+    rope = model.model.rotary_emb(x, torch.tensor([[length - 1]]))
+    with tiny.Largest() as absorbed:
+        attn(x, rope, None, full)
+    # The scores, heads * length, are all there is.
+    assert absorbed.numel <= 2 * 4 * length < rows.numel()
+    if form == "mfa_kr" or implementation == "eager":
+        tiny.absorb(monkeypatch, MFAAttention, False)
+        with tiny.Largest() as expanded:
+            attn(x, rope, None, full)
+        assert rows.numel() <= expanded.numel
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_cache_holds_one_key_and_one_value_or_the_latent_alone(form, ids):
+    model = tiny.mfa(form=form, **UNEVEN)
+    cache = model(ids).past_key_values
+    for width, layer in zip(UNEVEN["mfa_head_dim_per_layer"], cache.layers, strict=True):
+        assert layer.keys.numel() == ids.numel() * width
+        assert layer.values.numel() == (0 if form == "mfa_kr" else ids.numel() * width)
+
+
+CHUNKED = dict(do_sample=False, cache_implementation="static", prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("kind", [*tiny.GENERATE, "chunked"])
+@pytest.mark.parametrize("form", FORMS)
+def test_generate_agrees_with_and_without_cache(form, kind, ids, left_padding):
+    model = tiny.mfa(form=form)
+    if kind == "chunked":
+        want = model.generate(ids, do_sample=False, max_new_tokens=12, min_new_tokens=12)
+        got = model.generate(ids, max_new_tokens=12, min_new_tokens=12, **CHUNKED)
+    else:
+        got, want = tiny.generated(model, ids, left_padding, **tiny.GENERATE[kind])
+    assert got.shape == (2, 32)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_static_cache_and_compiled_decode_equal_the_full_forward(form, ids):
+    torch.compiler.reset()
+    model = tiny.mfa(form=form, rope_parameters=tiny.ROPE_TYPES["yarn"])
+    want = model(ids, use_cache=False).logits
+    # With room enough that the prefill has fewer queries than slots, and no mask of its own.
+    cache = StaticCache(model.config, max_cache_len=100)
+    got = [model(ids[:, :12], past_key_values=cache).logits]
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for t in range(12, 20):
+        got.append(step(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert error(torch.cat(got, dim=1), want) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decode_takes_heads_as_rows_and_training_does_not(form, ids, monkeypatch):
+    calls = []
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def called(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, called)
+
+    spy(MFAAttention, "_attend")
+    spy(MFAAttention, "_attend_as_rows")
+    spy(mfa_module, "shared_key_scores")
+    model = tiny.mfa(form=form)
+
+    def taken(context, ids, cache=None):
+        calls.clear()
+        with context:
+            out = model(ids, past_key_values=copy.deepcopy(cache))
+        return set(calls), out.past_key_values
+
+    rows = {"_attend_as_rows" if form == "mfa" else "shared_key_scores"}
+    prefill, cache = taken(torch.no_grad(), ids)
+    assert prefill == {"_attend"}
+    for context in (torch.no_grad, torch.inference_mode):
+        assert taken(context(), ids[:, :1], cache)[0] == rows
+    assert taken(torch.no_grad(), ids[:, :3], cache)[0] == rows
+    assert taken(torch.no_grad(), ids[:, :12], cache)[0] == {"_attend"}
+    assert taken(torch.enable_grad(), ids[:, :1], cache)[0] == {"_attend"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_attentions_are_recorded_and_sum_to_one(form, ids):
+    model = tiny.mfa(form=form)
+    model.set_attn_implementation("eager")
+    out = model(ids, output_attentions=True, output_hidden_states=True)
+    step = model(ids[:, :1], past_key_values=out.past_key_values, output_attentions=True)
+    assert len(out.hidden_states) == 3
+    for attentions, shape in ((out.attentions, (2, 4, 20, 20)), (step.attentions, (2, 4, 1, 21))):
+        assert len(attentions) == 2
+        for weights in attentions:
+            assert weights.shape == shape
+            torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
+    model = tiny.mfa(family, form, rope_parameters=tiny.ROPE_TYPES["yarn"], **VARIANTS[1])
+    model.config.conversion = {"form": form, "kv_budget": 0.5}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config.conversion == model.config.conversion
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert {path.stem for path in tmp_path.glob("*.py")} == {
+        *("converted_attention", "converted_config", "mfa", "mfa_config", "rope_slots"),
+        f"{family}_mfa",
+    }
+
+
+@pytest.mark.parametrize(("family", "form"), [("mistral", "mfa"), ("qwen2", "mfa_kr")])
+def test_checkpoint_carries_its_code(family, form, ids, tmp_path):
+    """In a process that cannot import rehead."""
+    tiny.load_without_rehead(tiny.mfa(family, form), ids, tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_bfloat16_is_as_good_as_its_rounding(form, ids, tmp_path):
+    """No worse than three times what the stock class loses in the same dtype."""
+    stock = tiny.source()
+    ours = tiny.exact_mfa(stock, "llama", form)
+    want = stock(ids).logits
+    budget = 3 * error(copy.deepcopy(stock).bfloat16()(ids).logits, want)
+    ours.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    got = step_by_step(half, ids, torch.ones_like(ids), 12, [1] * 8)
+    assert got.dtype == torch.bfloat16
+    assert error(got, want) < budget < 0.2
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_reaches_every_weight_with_and_without_checkpointing(form, fields, ids):
+    model = tiny.mfa(form=form, **fields).train()
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        assert error(grads[1][name], grad) < 1e-5, name
+
+
+@torch.no_grad()
+def test_map_that_no_checkpoint_gave_starts_at_the_key_itself(tmp_path):
+    model = tiny.mfa(form="mfa_kr")
+    state = {k: v for k, v in model.state_dict().items() if ".kr_" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    fresh = LlamaMFAForCausalLM(model.config)
+    for new in (fresh, LlamaMFAForCausalLM.from_pretrained(tmp_path)):
+        for layer in new.model.layers:
+            assert not layer.self_attn.kr_alpha.any()
+            assert 0.2 < layer.self_attn.kr_proj.weight.std() < 0.4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_unmerged_adapter_counts_in_every_path(form, ids):
+    plain, ones = tiny.mfa(form=form), torch.ones_like(ids)
+    without = plain(ids).logits
+    torch.manual_seed(3)
+    value = "kr_proj" if form == "mfa_kr" else "v_proj"
+    targets = rf".*self_attn\.({value}|q_proj|wq|k_proj|o_proj)"
+    model = peft.get_peft_model(
+        plain, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
+    ).eval()
+    want = model(ids, use_cache=False).logits
+    assert error(want, without) > 1e-2
+    assert error(step_by_step(model, ids, ones, 12, [1] * 8), want) < 1e-5
+    with torch.enable_grad():
+        assert error(model.train()(ids).logits, want) < 1e-5
+    with model.eval().disable_adapter():
+        assert error(step_by_step(model, ids, ones, 12, [1] * 8), without) < 1e-5
+    merged = model.merge_and_unload()
+    assert type(getattr(merged.model.layers[0].self_attn, value)) is torch.nn.Linear
+    assert error(step_by_step(merged, ids, ones, 12, [1] * 8), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(mfa_head_dim=0), "mfa_head_dim=0 must be at least 1"),
+        (dict(share_q_dim=0), "share_q_dim=0 must be at least 1"),
+        (dict(qk_rope_head_dim=3), "qk_rope_head_dim=3 of layer 0 must be even"),
+        (dict(qk_rope_head_dim=-2, rope_pairs=None), "must be even, 0 or more"),
+        (dict(mfa_head_dim=5), "qk_rope_head_dim=6 of layer 0 must not exceed its mfa_head_dim=5"),
+        (dict(mfa_head_dim_per_layer=[11, 4]), "of layer 1 must not exceed its mfa_head_dim=4"),
+        (dict(mfa_head_dim_per_layer=[11]), "mfa_head_dim_per_layer has 1 entries"),
+        (dict(mfa_head_dim_per_layer=[9, 10]), "largest entry must be mfa_head_dim=11"),
+        (dict(share_q_dim_per_layer=[9, 0]), "share_q_dim_per_layer spans 0 to 9"),
+        (dict(share_q_dim_per_layer=[9, 9, 9]), "share_q_dim_per_layer has 3 entries"),
+        (dict(qk_rope_head_dim_per_layer=[6, 8]), "largest entry must be qk_rope_head_dim=6"),
+        (dict(rope_pairs=[[0, 1, 2]]), "rope_pairs has 1 lists for num_hidden_layers=2"),
+        (dict(rope_pairs=[[0, 1], [0, 1, 2]]), r"rope_pairs\[0\] has 2 entries.*needs 3"),
+        (dict(rope_pairs=[[0, 1, 4], [0, 1, 2]]), r"rope_pairs\[0\] spans 0 to 4.*0 to 3"),
+        (
+            dict(
+                rope_parameters=dict(rope_type="default", rope_theta=1.0, partial_rotary_factor=0.5)
+            ),
+            "partial_rotary_factor",
+        ),
+    ],
+)
+def test_impossible_configs_are_refused(fields, message):
+    for form in FORMS:
+        with pytest.raises(ValueError, match=message) as caught:
+            LlamaMFAConfig(**tiny.BASE | tiny.MFA_FORMS[form] | fields)
+        assert "\n" not in str(caught.value)
+
+
+def test_sliding_windows_are_refused():
+    for config_class, fields in (
+        (MistralMFAConfig, dict(sliding_window=16)),
+        (Qwen2MFAConfig, dict(layer_types=["full_attention", "sliding_attention"])),
+    ):
+        with pytest.raises(ValueError, match="MFA layers attend to every token"):
+            config_class(**tiny.BASE | tiny.FACTORED | fields)
+
+
+def test_config_defaults_and_plans():
+    config = LlamaMFAConfig()
+    assert config.layer_rope_pairs(0) == list(range(32))
+    assert config.layer_dims(0) == (256, 1024, 64)
+    plan = config.base_model_tp_plan
+    assert plan["layers.*.mlp.down_proj"] == "rowwise"
+    assert {k.rpartition(".")[2] for k in plan if ".self_attn." in k} == {"wq", "o_proj"}
+    config = LlamaMFAConfig(**tiny.BASE | tiny.FACTORED)
+    names = {name.rpartition(".")[0] for name in MFAAttention(config, 0).state_dict()}
+    assert names == {"q_proj", "wq", "k_proj", "v_proj", "o_proj"}
+    config = LlamaMFAConfig(**tiny.BASE | tiny.MFA_FORMS["mfa_kr"], use_inter_norm=True)
+    weights = set(MFAAttention(config, 0).state_dict())
+    names = ("q_proj", "inter_norm", "wq", "k_proj", "kr_proj", "o_proj")
+    assert weights == {f"{name}.weight" for name in names} | {"kr_alpha"}
