@@ -17,40 +17,71 @@ def convert(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or a .gguf file.")
     ],
-    to: Annotated[str, typer.Option(help="The form of attention to convert to: mla.")],
+    to: Annotated[str, typer.Option(help="The form of attention: gqa, mqa, mla, mfa or mfa-kr.")],
     output: Annotated[
         Path | None, typer.Option(help="The folder to write. [dim]Default: MODEL-FORM, here.[/]")
     ] = None,
     kv_budget: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The share of the KV cache to keep per token, 50% or 0.5.", rich_help_panel=SIZE
+            metavar="SHARE",
+            help="The share of the KV cache to keep per token, 50% or 0.5. [dim]Default: 50%.[/]",
+            rich_help_panel=SIZE,
         ),
-    ] = "50%",
+    ] = None,
     kv_lora_rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Width of the latent. Overrides the budget.", rich_help_panel=SIZE
+            min=1, help="MLA: width of the latent. Overrides the budget.", rich_help_panel=SIZE
         ),
     ] = None,
     qk_rope_head_dim: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Rotated dims of the key. Overrides the budget.", rich_help_panel=SIZE
+            min=0,
+            help="MLA, MFA: rotated dims of the key. Overrides the budget.",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     q_lora_rank: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Give the queries a low rank too. [dim]Default: full.[/]",
+            help="MLA: give the queries a low rank too. [dim]Default: full.[/]",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    num_key_value_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="GQA: KV heads to keep. Overrides the budget.", rich_help_panel=SIZE
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="MFA: width of the one head. Overrides the budget.", rich_help_panel=SIZE
+        ),
+    ] = None,
+    share_q_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="MFA: width the queries share. [dim]Default: what the error allows.[/]",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="GQA, MQA: aligned heads merged, or their mean. [dim]Default: aligned.[/]",
             rich_help_panel=SIZE,
         ),
     ] = None,
     rope: Annotated[
         str,
         typer.Option(
-            help="decoupled: a small rotated key of its own; on-read: keys rotated when read.",
+            help="MLA: decoupled, with a small rotated key; or on-read, keys rotated when read.",
             rich_help_panel=SIZE,
         ),
     ] = "decoupled",
@@ -121,11 +152,13 @@ def convert(
     For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
     """
     with results(as_json) as console:
-        from ..converters import FORMS, ROPES
+        from ..converters import FORMS, POOLINGS, ROPES
         from ..converters import convert as run
 
         choice("--to", to, list(FORMS))
         choice("--rope", rope, list(ROPES))
+        if pooling is not None:
+            choice("--pooling", pooling, list(POOLINGS))
         with progress_bars() as progress:
             done = run(
                 model,
@@ -147,6 +180,10 @@ def convert(
                 kv_lora_rank=kv_lora_rank,
                 qk_rope_head_dim=qk_rope_head_dim,
                 q_lora_rank=q_lora_rank,
+                num_key_value_heads=num_key_value_heads,
+                pooling=pooling,
+                head_dim=head_dim,
+                share_q_dim=share_q_dim,
                 progress=progress,
             )
         if as_json:
@@ -167,17 +204,17 @@ def _summarize(console: Console, done: Any) -> None:
     console.print(
         f"KV cache per token: {size(before)} -> [bold]{size(after)}[/] ({after / before:.1%})"
     )
-    layers = done.to_dict()["layers"]
-    errors = [layer["error"] for layer in layers if layer.get("error") is not None]
+    if done.attention_parameters:
+        before, after = (done.attention_parameters[key] for key in ("source", "converted"))
+        console.print(f"Attention's parameters: {before:,} -> {after:,} ({after / before:.1%})")
+    errors = [layer.error for layer in done.layers if layer.error is not None]
     if errors:
         mean, worst = sum(errors) / len(errors), max(range(len(errors)), key=errors.__getitem__)
         console.print(f"Layer error: mean {mean:.4f}, most {errors[worst]:.4f} (layer {worst})")
     if done.output is None:
-        for layer in layers:
-            console.print(
-                "layer {layer}: kv_lora_rank {kv_lora_rank}, "
-                "qk_rope_head_dim {qk_rope_head_dim}".format(**layer)
-            )
+        for layer in done.layers:
+            dims = ", ".join(f"{name} {value}" for name, value in layer.dims.items())
+            console.print(f"layer {layer.layer}: {dims}")
         console.print("A dry run: nothing was written.")
         return
     minutes, seconds = divmod(round(done.seconds), 60)

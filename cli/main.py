@@ -13,6 +13,7 @@ import typer
 from .console import debugging
 from .convert import convert
 from .evaluate import evaluate
+from .inspect import inspect
 from .uptrain import uptrain
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -28,6 +29,7 @@ _settings: dict[str, Any] = {
 app = typer.Typer(no_args_is_help=True, **_settings)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(inspect)
 app.command()(uptrain)
 
 convert_app = typer.Typer(**_settings)

@@ -1,12 +1,15 @@
 """Weights to weights: a pretrained model's attention in another form."""
 
-from .convert import FORMS, ROPES, convert
+from .convert import FORMS, convert
 from .errors import InputError
+from .gqa import POOLINGS
 from .maps import AttentionMaps
 from .recipe import Conversion, LayerReport, Recipe
+from .targets import ROPES
 
 __all__ = [
     "FORMS",
+    "POOLINGS",
     "ROPES",
     "AttentionMaps",
     "Conversion",

@@ -8,16 +8,19 @@ are the Kronecker factors of the Gauss-Newton matrix of E|y' - y|^2 (K-FAC, 1503
 weighting by softmax weights alone, the signed sums over queries keep errors that cancel apart from
 errors that add, and keys and values come out in one unit, with no balance to choose.
 
-Letters: N sequences, T tokens in each, D hidden size, H query heads, G KV heads, E query and key
-width, P = E/2 pairs.
+Letters: N sequences, T tokens in each, D hidden size, H query heads, G KV heads, R = H/G, E query
+and key width, P = E/2 pairs. A causal sequence is attended in blocks of B queries, with the S keys
+up to the block's end.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from .lowrank import Factors, weighted_svd
 from .maps import AttentionMaps, position_angles, project, rotate
 
 # How far the moments follow a token's importance, between 0 (not at all) and 1 (as the Kronecker
@@ -26,19 +29,25 @@ INPUT_POWER = 0.75
 GRADIENT_POWER = 0.5
 
 
+# Queries attended at a time: few enough to leave out most of the future and to stay in cache.
+QUERIES_AT_ONCE = 256
+
+
 @dataclass(frozen=True)
 class Attended:
-    """One sequence's attention, recomputed in float32.
+    """A block of queries of one causal sequence, and the keys and values up to the block's end.
 
     Args:
+        rows: where the queries stand in the sequence.
         q, k: rotated. v: values. All without scaling.
         weights: softmax weights a_ts.
     """
 
-    q: Float[Tensor, "H T E"]
-    k: Float[Tensor, "G T E"]
-    v: Float[Tensor, "G T V"]
-    weights: Float[Tensor, "H T T"]
+    rows: slice
+    q: Float[Tensor, "H B E"]
+    k: Float[Tensor, "G S E"]
+    v: Float[Tensor, "G S V"]
+    weights: Float[Tensor, "H B S"]
 
 
 @dataclass(frozen=True)
@@ -72,16 +81,21 @@ class Kronecker:
     mean: Float[Tensor, " D"]
 
 
-def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Attended:
-    """Queries, keys, values and softmax weights of one causal sequence."""
+def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Iterator[Attended]:
+    """Queries, keys, values and softmax weights of one causal sequence, block by block."""
     angles = position_angles(maps.inv_freq, len(x))[:, None].float()
     q = rotate(project(x, maps.q, maps.q_bias), angles).transpose(0, 1)
     k = rotate(project(x, maps.k, maps.k_bias), angles).transpose(0, 1)
     v = project(x, maps.v, maps.v_bias).transpose(0, 1)
-    future = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
-    scores = q.unflatten(0, (maps.kv_heads, -1)) @ k[:, None].mT * maps.scaling
-    weights = scores.masked_fill_(future, -torch.inf).softmax(-1).flatten(0, 1)
-    return Attended(q, k, v, weights)
+    for start in range(0, len(x), QUERIES_AT_ONCE):
+        rows = slice(start, min(start + QUERIES_AT_ONCE, len(x)))
+        block, keys = q[:, rows], k[:, : rows.stop]
+        scores = block.unflatten(0, (maps.kv_heads, -1)) @ keys[:, None].mT * maps.scaling
+        size = rows.stop - start
+        future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        scores[..., start:].masked_fill_(future, -torch.inf)
+        weights = scores.softmax(-1).flatten(0, 1)
+        yield Attended(rows, block, keys, v[:, : rows.stop], weights)
 
 
 def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoments:
@@ -96,13 +110,15 @@ def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoment
     inputs = torch.zeros(maps.hidden + 1, maps.hidden + 1, dtype=torch.float64, device=x.device)
     norms = output_norms(maps)
     for sequence in x:
-        seen = attend(maps, sequence)
-        j = _output_change(maps, seen, norms)
-        lags += _sum_by_lag(j)
-        pairs = seen.q.unflatten(-1, (2, half)).square().sum(-2)  # [H, T, P], rotation-invariant
-        energy += torch.einsum("ht,htp->hp", j.sum(-1), pairs).double()
+        read = torch.zeros(length, device=x.device)
+        for seen in attend(maps, sequence):
+            j = score_importance(maps, seen, norms, seen.weights.square())
+            add_by_lag(lags, j)
+            pairs = seen.q.unflatten(-1, (2, half)).square().sum(-2)  # [H, B, P], whatever the turn
+            energy += torch.einsum("hb,hbp->hp", j.sum(-1), pairs).double()
+            read[: seen.rows.stop] += j.sum((0, 1))
         keyed = torch.cat([sequence, torch.ones_like(sequence[:, :1])], dim=1)
-        inputs += ((keyed * j.sum((0, 1))[:, None]).T @ keyed).double()
+        inputs += ((keyed * read[:, None]).T @ keyed).double()
     total = lags.sum(1, keepdim=True).clamp_min(1e-300)
     phases = torch.polar(
         torch.ones((), dtype=torch.float64, device=x.device),
@@ -120,26 +136,30 @@ def output_norms(maps: AttentionMaps) -> Float[Tensor, "H V V"]:
     return torch.einsum("dhv,dhw->hvw", maps.o, maps.o)
 
 
-def _output_change(
-    maps: AttentionMaps, seen: Attended, norms: Float[Tensor, "H V V"]
-) -> Float[Tensor, "H T T"]:
-    """J_ts = a_ts^2 |o_h (v_s - o_t)|^2."""
-    v = seen.v.repeat_interleave(maps.repeats, 0)  # [H, T, V]
+def score_importance(
+    maps: AttentionMaps,
+    seen: Attended,
+    norms: Float[Tensor, "H V V"],
+    emphasis: Float[Tensor, "H B S"],
+) -> Float[Tensor, "H B S"]:
+    """emphasis_ts |o_h (v_s - o_t)|^2: with a_ts^2, J, the output's squared change per score."""
+    v = seen.v.repeat_interleave(maps.repeats, 0)  # [H, S, V]
     out = seen.weights @ v
     weighed = out @ norms
-    distance = (v @ norms * v).sum(-1)[:, None, :] - 2 * weighed @ v.mT
+    distance = -2 * weighed @ v.mT
+    distance += (v @ norms * v).sum(-1)[:, None, :]
     distance += (weighed * out).sum(-1)[:, :, None]
-    return distance.clamp_min_(0) * seen.weights.square()
+    return distance.clamp_min_(0).mul_(emphasis)
 
 
-def _sum_by_lag(j: Float[Tensor, "H T T"]) -> Float[Tensor, "H T"]:
-    """Sums of j over t - s = 0, 1, ...; what has s > t is left out."""
-    heads, length, _ = j.shape
-    # Row t is written T - 1 - t columns further right, so that a lag is a column.
-    skewed = j.new_zeros(heads, length, 2 * length)
-    strides = (2 * length * length, 2 * length - 1, 1)
-    skewed.as_strided(j.shape, strides, length - 1).copy_(j)
-    return skewed[..., :length].sum(1).flip(-1).double()
+def add_by_lag(lags: Float[Tensor, "H T"], j: Float[Tensor, "H B S"]) -> None:
+    """Adds to lags the sums of j over t - s = 0, 1, ...; what has s > t is left out."""
+    heads, rows, length = j.shape
+    # Each row is written one column further left than the one before, so that a lag is a column.
+    width = rows + length
+    skewed = j.new_zeros(heads, rows, width)
+    skewed.as_strided(j.shape, (rows * width, width - 1, 1), rows - 1).copy_(j)
+    lags[:, :length] += skewed[..., :length].sum(1).flip(-1).double()
 
 
 def probe_gradients(
@@ -155,15 +175,19 @@ def probe_gradients(
             gradients are then those of the position-free keys these queries meet.
     """
     angles = position_angles(maps.inv_freq, x.shape[1]).float()
-    keys, values = [], []
-    for sequence in x:
-        seen = attend(maps, sequence)
-        value_grads, scores = _backward(maps, seen, generator)
-        q = seen.q if unrotated_q is None else project(sequence, *unrotated_q).transpose(0, 1)
-        grads = (scores.mT @ q.unflatten(0, (maps.kv_heads, -1))).sum(1) * maps.scaling
-        keys.append((rotate(grads, -angles) if unrotated_q is None else grads).transpose(0, 1))
-        values.append(value_grads.transpose(0, 1))
-    return torch.stack(keys), torch.stack(values)
+    width = maps.qk_dim if unrotated_q is None else unrotated_q[0].shape[1]
+    keys = x.new_zeros(len(x), maps.kv_heads, x.shape[1], width)
+    values = x.new_zeros(len(x), maps.kv_heads, x.shape[1], maps.v_dim)
+    for i, sequence in enumerate(x):
+        free = None if unrotated_q is None else project(sequence, *unrotated_q).transpose(0, 1)
+        for seen, heads, weights, scores in _backward(maps, sequence, generator):
+            q = (seen.q if free is None else free[:, seen.rows]).unflatten(0, (maps.kv_heads, -1))
+            # Summed over a group's heads in the product itself.
+            keys[i, :, : seen.rows.stop] += scores.flatten(1, 2).mT @ q.flatten(1, 2)
+            values[i, :, : seen.rows.stop] += weights.flatten(1, 2).mT @ heads.flatten(1, 2)
+    keys *= maps.scaling
+    keys = keys if unrotated_q is not None else rotate(keys, -angles)
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def query_gradients(
@@ -171,27 +195,31 @@ def query_gradients(
 ) -> Float[Tensor, "N T H E"]:
     """Gradients of sum_t z_t . y_t for random z, with respect to un-rotated queries."""
     angles = position_angles(maps.inv_freq, x.shape[1]).float()
-    queries = []
-    for sequence in x:
-        seen = attend(maps, sequence)
-        _, scores = _backward(maps, seen, generator)
-        grads = (scores @ seen.k[:, None]).flatten(0, 1) * maps.scaling
-        queries.append(rotate(grads, -angles).transpose(0, 1))
-    return torch.stack(queries)
+    queries = x.new_empty(len(x), maps.heads, x.shape[1], maps.qk_dim)
+    for i, sequence in enumerate(x):
+        for seen, _, _, scores in _backward(maps, sequence, generator):
+            queries[i, :, seen.rows] = (scores @ seen.k[:, None]).flatten(0, 1)
+    return rotate(queries * maps.scaling, -angles).transpose(1, 2)
 
 
 def _backward(
-    maps: AttentionMaps, seen: Attended, generator: torch.Generator
-) -> tuple[Float[Tensor, "G T V"], Float[Tensor, "G R T T"]]:
-    """A random output direction's gradients, to values and to scores before scaling; R = H/G."""
-    z = torch.randn(seen.q.shape[1], maps.hidden, generator=generator).to(seen.q.device)
-    heads = torch.einsum("td,dhv->htv", z, maps.o).unflatten(0, (maps.kv_heads, -1))
-    weights = seen.weights.unflatten(0, (maps.kv_heads, -1))
-    values = (weights.mT @ heads).sum(1)
-    scores = heads @ seen.v[:, None].mT  # the softmax's backward pass, in place
-    scores -= (scores * weights).sum(-1, keepdim=True)
-    scores *= weights
-    return values, scores
+    maps: AttentionMaps, x: Float[Tensor, "T D"], generator: torch.Generator
+) -> Iterator[tuple[Attended, Tensor, Tensor, Tensor]]:
+    """A random output direction's gradients, to a block's heads and its scores before scaling.
+
+    Yields:
+        the block, the gradients to its heads' outputs [G, R, B, V], its softmax weights
+        [G, R, B, S] and the gradients to its scores [G, R, B, S].
+    """
+    z = torch.randn(len(x), maps.hidden, generator=generator).to(x.device)
+    for seen in attend(maps, x):
+        heads = torch.einsum("td,dhv->htv", z[seen.rows], maps.o).unflatten(0, (maps.kv_heads, -1))
+        weights = seen.weights.unflatten(0, (maps.kv_heads, -1))
+        scores = heads @ seen.v[:, None].mT  # the softmax's backward pass, in place
+        out = weights @ seen.v[:, None]
+        scores -= (heads * out).sum(-1, keepdim=True)  # = sum_s scores weights
+        scores *= weights
+        yield seen, heads, weights, scores
 
 
 def kronecker(x: Float[Tensor, "N T D"], gradients: Float[Tensor, "N T M"]) -> Kronecker:
@@ -210,3 +238,23 @@ def kronecker(x: Float[Tensor, "N T D"], gradients: Float[Tensor, "N T M"]) -> K
         inputs=inputs.double(),
         mean=mean.double(),
     )
+
+
+def query_factors(
+    maps: AttentionMaps,
+    q: Float[Tensor, "H Q D"],
+    x: Float[Tensor, "N T D"],
+    generator: torch.Generator,
+    order: Int[Tensor, " Q"] | None = None,
+) -> tuple[Factors, Float[Tensor, " D"]]:
+    """The stacked queries of every rank under their Gauss-Newton moments, and the input's mean.
+
+    Args:
+        maps: the attention the queries belong to, in float32.
+        q: the query maps, in a layout of their own.
+        order: maps' query dims in that layout; None where it is theirs.
+    """
+    gradients = query_gradients(maps, x, generator)
+    gradients = gradients if order is None else gradients[..., order]
+    moments = kronecker(x, gradients.flatten(2))
+    return weighted_svd(q.flatten(0, 1), moments.gradients, moments.inputs), moments.mean

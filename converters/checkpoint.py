@@ -108,7 +108,7 @@ def open_source(model: str | Path, *, cache_dir: str | Path | None = None) -> So
         InputError: there is no such model, or it cannot be read as it stands.
     """
     path = locate(model, cache_dir=cache_dir)
-    config = _read_config(path)
+    config = read_config(path)
     source = Source(path=path, config=config, entries=read_entries(path))
     _check_weights(source)
     return source
@@ -162,7 +162,12 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
     return Path(folder)
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> PretrainedConfig:
+    """A folder's configuration, by transformers' own class or one of ours.
+
+    Raises:
+        InputError: it has none, or one that cannot be converted or read.
+    """
     file = path / "config.json"
     if not file.is_file():
         if (path / "adapter_config.json").is_file():

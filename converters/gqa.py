@@ -24,11 +24,12 @@ from torch import Tensor
 from .calibration import (
     Attended,
     Kronecker,
-    _sum_by_lag,
+    add_by_lag,
     attend,
     kronecker,
     output_norms,
     probe_gradients,
+    score_importance,
 )
 from .errors import InputError
 from .grouping import Group, best_partition
@@ -142,13 +143,15 @@ def gqa_moments(
     lags = torch.zeros(maps.heads, length, dtype=torch.float64, device=x.device)
     inputs = torch.zeros(maps.hidden + 1, maps.hidden + 1, dtype=torch.float64, device=x.device)
     for sequence in x:
-        seen = attend(narrow, sequence)
-        weights = _score_weights(narrow, seen, norms)
-        q = rotate(seen.q, -angles)
-        queries += ((q * weights.sum(-1, keepdim=True)).mT @ q).double()
-        lags += _sum_by_lag(weights)
+        read = torch.zeros(length, device=x.device)
+        for seen in attend(narrow, sequence):
+            weights = score_weights(narrow, seen, norms)
+            q = rotate(seen.q, -angles[seen.rows])
+            queries += ((q * weights.sum(-1, keepdim=True)).mT @ q).double()
+            add_by_lag(lags, weights)
+            read[: seen.rows.stop] += weights.sum((0, 1))
         keyed = torch.cat([sequence, torch.ones_like(sequence[:, :1])], dim=1)
-        inputs += ((keyed * weights.sum((0, 1))[:, None]).T @ keyed).double()
+        inputs += ((keyed * read[:, None]).T @ keyed).double()
     gradients = probe_gradients(narrow, x, generator)[1]
     return GQAMoments(
         queries=queries * maps.scaling**2 / (x.shape[0] * length),
@@ -158,17 +161,12 @@ def gqa_moments(
     )
 
 
-def _score_weights(
+def score_weights(
     maps: AttentionMaps, seen: Attended, norms: Float[Tensor, "H V V"]
-) -> Float[Tensor, "H T T"]:
+) -> Float[Tensor, "H B S"]:
     """a_ts^1/2 / sum_s a_ts^1/2 times |o_h (v_s - o_t)|^2."""
-    v = seen.v.repeat_interleave(maps.repeats, 0)
-    out = seen.weights @ v
-    weighed = out @ norms
-    distance = (v @ norms * v).sum(-1)[:, None, :] - 2 * weighed @ v.mT
-    distance += (weighed * out).sum(-1)[:, :, None]
     spread = seen.weights**TEMPER  # 0 for what is to come
-    return distance.clamp_min_(0) * (spread / spread.sum(-1, keepdim=True))
+    return score_importance(maps, seen, norms, spread / spread.sum(-1, keepdim=True))
 
 
 def to_gqa(

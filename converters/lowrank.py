@@ -56,11 +56,40 @@ def weighted_svd(
         left: second moment of what multiplies the rows, such as a loss' gradients.
         right: second moment of the input.
     """
-    a, a_inverse = square_roots(left)
-    c, c_inverse = square_roots(right)
-    u, s, vh = torch.linalg.svd(a @ weight @ c, full_matrices=False)
-    u, vh = fix_signs(u, vh)
-    return Factors(up=a_inverse @ u * s, down=vh @ c_inverse, energy=s.square())
+    return WeightedSVD.of(left, right)(weight)
+
+
+@dataclass(frozen=True)
+class WeightedSVD:
+    """`weighted_svd` of many weights under the same moments, with the moments' roots made once.
+
+    Args:
+        left: the left moment.
+        left_roots: its root and the root's inverse; None where it is the larger of the two. The
+            right singular vectors are then those of C W^T A^2 W C, and nothing of A is needed.
+        right, right_inverse: the right moment's root, and the root's inverse.
+    """
+
+    left: Float[Tensor, "M M"]
+    left_roots: tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]] | None
+    right: Float[Tensor, "D D"]
+    right_inverse: Float[Tensor, "D D"]
+
+    @classmethod
+    def of(cls, left: Float[Tensor, "M M"], right: Float[Tensor, "D D"]) -> "WeightedSVD":
+        roots = square_roots(left) if len(left) <= len(right) else None
+        return cls(left, roots, *square_roots(right))
+
+    def __call__(self, weight: Float[Tensor, "M D"]) -> Factors:
+        seen = weight @ self.right
+        if self.left_roots is not None:
+            root, inverse = self.left_roots
+            u, s, vh = torch.linalg.svd(root @ seen, full_matrices=False)
+            u, vh = fix_signs(u, vh)
+            return Factors(up=inverse @ u * s, down=vh @ self.right_inverse, energy=s.square())
+        energy, v = torch.linalg.eigh(seen.mT @ self.left @ seen)
+        v, vh = fix_signs(v.flip(1), v.flip(1).mT)
+        return Factors(seen @ v, vh @ self.right_inverse, energy.flip(0).clamp_min(0))
 
 
 def fix_signs(

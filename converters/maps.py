@@ -161,6 +161,12 @@ def reference_attention(
 
 def attention(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
     """The same output for a batch of causal sequences, by the fused kernel and differentiable."""
+    heads = head_outputs(maps, x).flatten(2)
+    return torch.nn.functional.linear(heads, maps.o.flatten(1), maps.o_bias)
+
+
+def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H V"]:
+    """What the output map reads: every head's mean of its values under the softmax weights."""
     angles = position_angles(maps.inv_freq.float(), x.shape[1])[:, None].to(x.device)
     q = rotate(project(x, maps.q, maps.q_bias), angles).transpose(1, 2)  # [B, H, T, E]
     k = rotate(project(x, maps.k, maps.k_bias), angles).transpose(1, 2)  # [B, G, T, E]
@@ -175,5 +181,4 @@ def attention(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "
     heads = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=maps.scaling, enable_gqa=maps.repeats > 1
     )
-    heads = heads[..., : maps.v_dim].transpose(1, 2).flatten(2)
-    return torch.nn.functional.linear(heads, maps.o.flatten(1), maps.o_bias)
+    return heads[..., : maps.v_dim].transpose(1, 2)

@@ -8,11 +8,11 @@ Letters: H query heads, G KV heads, E source head width, P = E/2 pairs, V value 
 size, n rotated components (2n rotated dims), r latent rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .calibration import (
@@ -21,15 +21,20 @@ from .calibration import (
     kronecker,
     phase_moments,
     probe_gradients,
-    query_gradients,
+    query_factors,
 )
 from .errors import InputError
-from .lowrank import Factors, weighted_svd
+from .lowrank import Factors, WeightedSVD
 from .maps import AttentionMaps
 from .plan import LayerDims
-
-# A pair that loses nothing without RoPE still needs a nonzero weight to be decomposed.
-LEAST_REMOVAL = 1e-4
+from .rope_split import (
+    RopeSplit,
+    half_layout,
+    output_bias,
+    position_free_queries,
+    rope_components,
+    split_rope,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class MLA:
             if k_bias is None:
                 k_bias = k.new_zeros(groups, nope)
             biases["k_bias"] = torch.cat([k_bias, self.kv_a_bias[r:].expand(groups, -1)], dim=1)
-        order = _half_layout(nope, len(self.rope_pairs))
+        order = half_layout(nope, len(self.rope_pairs))
         for name in ("q_bias", "k_bias"):
             bias = biases[name]
             biases[name] = None if bias is None else bias[:, order]
@@ -150,138 +155,6 @@ class MLA:
 
 
 @dataclass(frozen=True)
-class RopeSplit:
-    """A layer whose n strongest components keep RoPE, before anything is of low rank.
-
-    Args:
-        q_rope, k_rope: the rotated components of every query head, and of the one shared key.
-        q_nope: queries without RoPE, times the mean phase.
-        k_nope: what the kept components leave of the keys.
-        rope_pairs: frequency index of each kept component.
-        removed: J-weighted squared score error that each dropped component costs, in total.
-    """
-
-    q_rope: Float[Tensor, "H R D"]
-    k_rope: Float[Tensor, "R D"]
-    q_nope: Float[Tensor, "H E D"]
-    k_nope: Float[Tensor, "G E D"]
-    rope_pairs: tuple[int, ...]
-    removed: float
-    q_rope_bias: Float[Tensor, "H R"] | None = None
-    k_rope_bias: Float[Tensor, " R"] | None = None
-    q_nope_bias: Float[Tensor, "H E"] | None = None
-
-
-@dataclass(frozen=True)
-class Components:
-    """All G*P rotated components of a layer, by falling cost of dropping their rotation.
-
-    Component j of frequency f is z = analysis[j] . k_f over KV heads, and k_f = sum_j synthesis[j]
-    z_j: any complex-linear mix of pairs of one frequency commutes with RoPE.
-    """
-
-    cost: Float[Tensor, " C"]
-    pair: tuple[int, ...]
-    analysis: Complex[Tensor, "C G"]
-    synthesis: Complex[Tensor, "C G"]
-
-    def first(self, pairs: tuple[int, ...]) -> "Components":
-        """The same components with the best ones of the given frequencies first."""
-        left: dict[int, list[int]] = {}
-        for index, pair in enumerate(self.pair):
-            left.setdefault(pair, []).append(index)
-        chosen = [left[pair].pop(0) for pair in pairs]
-        order = chosen + sorted(index for rest in left.values() for index in rest)
-        return Components(
-            self.cost[order],
-            tuple(self.pair[index] for index in order),
-            self.analysis[order],
-            self.synthesis[order],
-        )
-
-
-def shared_rope_pairs(layers: Sequence[Components], count: int) -> tuple[int, ...]:
-    """The frequencies of the `count` components that are worth most over all layers together.
-
-    A layer's costs count as shares of its own total, so that no layer decides alone. Stock classes
-    hold one list of frequencies for the whole model.
-    """
-    worth: dict[tuple[int, int], float] = {}
-    for components in layers:
-        seen: dict[int, int] = {}
-        for cost, pair in zip(components.cost.tolist(), components.pair, strict=True):
-            place = seen[pair] = seen.get(pair, -1) + 1
-            share = cost / max(float(components.cost.sum()), 1e-300)
-            worth[pair, place] = worth.get((pair, place), 0.0) + share
-    ranked = sorted(worth, key=lambda key: (-worth[key], key))
-    return tuple(sorted(pair for pair, _ in ranked[:count]))
-
-
-def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
-    """Eigenvectors, per frequency, of the keys' moment weighted by what losing RoPE would cost.
-
-    The score error of a pair without rotation but with the best constant is |q|^2 |k|^2
-    (1 - |mu|^2) under J, so with D_g the sum of E|q_hf|^2 (1 - |mu_hf|^2) over the group's heads,
-    the eigenvalues of D^1/2 E[k_f k_f^H] D^1/2 are the costs themselves.
-    """
-    groups = maps.kv_heads
-    keys = _complex(_augmented(maps.k, maps.k_bias))  # [G, P, D + 1]
-    moment = moments.inputs.to(keys.dtype)
-    loss = (1 - moments.mean_phase.abs().square()).clamp_min(LEAST_REMOVAL)
-    weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
-    weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
-    found = []
-    for pair in range(keys.shape[1]):
-        k, d = keys[:, pair], weight[:, pair]
-        values, vectors = torch.linalg.eigh(d[:, None] * (k @ moment @ k.mH) * d)
-        for j in range(groups):
-            u = vectors[:, j]
-            u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
-            found.append((float(values[j]), pair, u.conj() * d, u / d))
-    found.sort(key=lambda item: (-item[0], item[1]))
-    cost, pairs, analysis, synthesis = zip(*found, strict=True)
-    return Components(
-        torch.tensor(cost).clamp_min(0), pairs, torch.stack(analysis), torch.stack(synthesis)
-    )
-
-
-def split_rope(
-    maps: AttentionMaps, moments: PhaseMoments, components: Components, count: int
-) -> RopeSplit:
-    """Keeps the rotation of the first `count` components and removes the others'."""
-    groups, repeats, half = maps.kv_heads, maps.repeats, maps.qk_dim // 2
-    keys = _complex(_augmented(maps.k, maps.k_bias))
-    queries = _complex(_augmented(maps.q, maps.q_bias))
-    rest = keys.clone()
-    k_rope, q_rope = [], []
-    for j in range(count):
-        pair, synthesis = components.pair[j], components.synthesis[j]
-        z = components.analysis[j] @ keys[:, pair]
-        rest[:, pair] -= synthesis[:, None] * z
-        k_rope.append(z)
-        q_rope.append(queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None])
-    # A frequency of which every component is kept leaves nothing but rounding.
-    kept = torch.bincount(torch.tensor(components.pair[:count], dtype=torch.long), minlength=half)
-    rest[:, kept == groups] = 0
-    empty = keys.new_zeros(0, keys.shape[-1])
-    k_rot = _real(torch.stack(k_rope) if k_rope else empty)
-    q_rot = _real(torch.stack(q_rope, 1) if q_rope else empty.expand(maps.heads, 0, -1))
-    q_nope, q_nope_bias = position_free_queries(maps, moments)
-    has_q, has_k = maps.q_bias is not None, maps.k_bias is not None
-    return RopeSplit(
-        q_rope=q_rot[..., :-1],
-        k_rope=k_rot[..., :-1],
-        q_nope=q_nope,
-        k_nope=_real(rest)[..., :-1],  # its bias shifts all scores of a query alike: no effect
-        rope_pairs=components.pair[:count],
-        removed=float(components.cost[count:].sum()),
-        q_rope_bias=q_rot[..., -1] if has_q else None,
-        k_rope_bias=k_rot[..., -1] if has_k else None,
-        q_nope_bias=q_nope_bias,
-    )
-
-
-@dataclass(frozen=True)
 class MLAMoments:
     """All that the calibration text says about one layer, for either kind of RoPE.
 
@@ -305,7 +178,7 @@ def mla_moments(
     if rope_on_read:
         keys, values = probe_gradients(narrow, x, generator)
         return MLAMoments(kronecker(x, torch.cat([keys.flatten(2), values.flatten(2)], -1)))
-    phases = phase_moments(narrow, x[: (len(x) + 1) // 2])  # few numbers: half the text is plenty
+    phases = phase_moments(narrow, x[: (len(x) + 2) // 3])  # few numbers: a third is plenty
     q, q_bias = position_free_queries(maps, phases)
     free = (q.float(), None if q_bias is None else q_bias.float())
     keys, values = probe_gradients(narrow, x, generator, free)
@@ -313,31 +186,31 @@ def mla_moments(
     return MLAMoments(kronecker(x, gradients), phases)
 
 
-def position_free_queries(
-    maps: AttentionMaps, moments: PhaseMoments
-) -> tuple[Float[Tensor, "H E D"], Float[Tensor, "H E"] | None]:
-    """Queries that meet keys without RoPE: every pair times its mean phase."""
-    queries = _complex(_augmented(maps.q, maps.q_bias))
-    free = _real(queries * moments.mean_phase.to(queries.dtype)[..., None])
-    return free[..., :-1], None if maps.q_bias is None else free[..., -1]
-
-
 def to_mla(maps: AttentionMaps, moments: MLAMoments, dims: LayerDims) -> MLA:
     """The layer as MLA of the given dims; decoupled where the moments have phases."""
-    if moments.phases is None:
-        return on_read_mla(maps, factorise(maps.k, maps, moments.kronecker), moments, dims)
-    components = rope_components(maps, moments.phases)
-    if dims.rope_pairs is not None:
-        components = components.first(dims.rope_pairs)
-    split = split_rope(maps, moments.phases, components, dims.qk_rope_head_dim // 2)
-    factors = factorise(split.k_nope, maps, moments.kronecker)
-    return decoupled_mla(maps, split, factors, moments, dims)
+    return mla_builder(maps, moments)(dims)
 
 
-def factorise(keys: Float[Tensor, "G E D"], maps: AttentionMaps, moments: Kronecker) -> Factors:
-    """The joint latent of keys and values at every rank, under their Gauss-Newton moments."""
-    stacked = torch.cat([keys.flatten(0, 1), maps.v.flatten(0, 1)])
-    return weighted_svd(stacked, moments.gradients, moments.inputs)
+def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
+    """`to_mla` for many dims, with what they have in common done once."""
+    kronecker, phases = moments.kronecker, moments.phases
+    svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+
+    def factorise(keys: Float[Tensor, "G E D"]) -> Factors:
+        """The joint latent of keys and values at every rank."""
+        return svd(torch.cat([keys.flatten(0, 1), maps.v.flatten(0, 1)]))
+
+    if phases is None:
+        factors = factorise(maps.k)
+        return lambda dims: on_read_mla(maps, factors, moments, dims)
+    ranked = rope_components(maps, phases)
+
+    def build(dims: LayerDims) -> MLA:
+        components = ranked if dims.rope_pairs is None else ranked.first(dims.rope_pairs)
+        split = split_rope(maps, phases, components, dims.qk_rope_head_dim // 2)
+        return decoupled_mla(maps, split, factorise(split.k_nope), moments, dims)
+
+    return build
 
 
 def decoupled_mla(
@@ -361,7 +234,7 @@ def decoupled_mla(
         scaling=maps.scaling,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_a_bias=bias,
-        o_bias=_output_bias(maps, kv_b[:, nope:] @ down, mean),
+        o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
 
@@ -386,7 +259,7 @@ def on_read_mla(maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims
         rope_on_read=True,
         q_bias=maps.q_bias,
         kv_b_bias=bias,
-        o_bias=_output_bias(maps, kv_b[:, nope:] @ down, mean),
+        o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
 
@@ -400,14 +273,12 @@ def with_low_rank_queries(
             f"q_lora_rank={rank} must be at least 1 and at most {min(width, x.shape[-1])}, the "
             "rank that the queries have."
         )
-    gradients = query_gradients(mla.expand().to(torch.float32), x, generator)
+    order = None
     if not mla.rope_on_read:
-        order = torch.tensor(_half_layout(mla.qk_nope_head_dim, len(mla.rope_pairs)))
-        gradients = gradients[..., order.argsort()]
-    moments = kronecker(x, gradients.flatten(2))
-    factors = weighted_svd(mla.q.flatten(0, 1), moments.gradients, moments.inputs)
+        order = torch.tensor(half_layout(mla.qk_nope_head_dim, len(mla.rope_pairs))).argsort()
+    factors, mean = query_factors(mla.expand().to(torch.float32), mla.q, x, generator, order)
     up, down = factors.up[:, :rank], factors.down[:rank]
-    bias = ((mla.q.flatten(0, 1) - up @ down) @ moments.mean).unflatten(0, mla.q.shape[:2])
+    bias = ((mla.q.flatten(0, 1) - up @ down) @ mean).unflatten(0, mla.q.shape[:2])
     return replace(
         mla,
         q=up.unflatten(0, mla.q.shape[:2]),
@@ -420,38 +291,6 @@ def _stack_groups(up: Float[Tensor, "M r"], maps: AttentionMaps, nope: int) -> T
     """[G, nope + V, r] of the stacked rows, keys of all groups first."""
     keys, values = up.split([maps.kv_heads * nope, maps.kv_heads * maps.v_dim])
     return torch.cat([keys.unflatten(0, (-1, nope)), values.unflatten(0, (-1, maps.v_dim))], dim=1)
-
-
-def _output_bias(
-    maps: AttentionMaps, values: Float[Tensor, "G V D"], mean: Float[Tensor, " D"]
-) -> Float[Tensor, " D"]:
-    """Softmax weights sum to 1, so what is constant in the values passes straight to the output."""
-    constant = (maps.v - values) @ mean
-    if maps.v_bias is not None:
-        constant = constant + maps.v_bias
-    bias = torch.einsum("dhv,hv->d", maps.o, constant.repeat_interleave(maps.repeats, 0))
-    return bias if maps.o_bias is None else bias + maps.o_bias
-
-
-def _half_layout(nope: int, count: int) -> list[int]:
-    """Order that turns [nope | real | imaginary] into [all real parts | all imaginary parts]."""
-    half = nope // 2
-    real, imaginary = range(nope, nope + count), range(nope + count, nope + 2 * count)
-    return [*range(half), *real, *range(half, nope), *imaginary]
-
-
-def _augmented(weight: Float[Tensor, "H E D"], bias: Float[Tensor, "H E"] | None) -> Tensor:
-    """The map as one of [x, 1]."""
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return torch.cat([weight, bias[..., None]], dim=-1)
-
-
-def _complex(weight: Float[Tensor, "*H E D"]) -> Complex[Tensor, "*H P D"]:
-    return torch.complex(*(part.contiguous() for part in weight.chunk(2, dim=-2)))
-
-
-def _real(weight: Complex[Tensor, "*H P D"]) -> Float[Tensor, "*H E D"]:
-    return torch.cat([weight.real, weight.imag], dim=-2)
 
 
 def _rows(tensor: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:

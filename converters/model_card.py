@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from .recipe import Conversion
-
-NAMES = {"mla": "multi-head latent attention (MLA)"}
+from .targets import TARGETS
 
 
 def model_card(done: Conversion, source: PretrainedConfig) -> str:
@@ -14,14 +13,23 @@ def model_card(done: Conversion, source: PretrainedConfig) -> str:
     recipe = done.recipe
     cache = done.kv_bytes_per_token
     errors = [layer.error for layer in done.layers if layer.error is not None]
+    layers = [layer for layer in done.layers if layer.error is not None]
+    names = list(layers[0].dims) if layers else []
     rows = "\n".join(
-        f"| {layer.layer} | {layer.kv_lora_rank} | {layer.qk_rope_head_dim} | {layer.error:.3g} |"
-        for layer in done.layers
-        if layer.error is not None
+        f"| {' | '.join(map(str, (layer.layer, *layer.dims.values())))} | {layer.error:.3g} |"
+        for layer in layers
     )
     # Only a hub id may stand as base_model; a local path says nothing to others.
     named = recipe.source.count("/") == 1 and recipe.source[0] not in "./~"
     base = f"base_model: {recipe.source}\n" if named and not Path(recipe.source).exists() else ""
+    rope = f"rope {recipe.rope}, " if done.form == "mla" else ""
+    stock = TARGETS[done.form].stock
+    loading = "" if stock else ", trust_remote_code=True"
+    note = (
+        "It is the family's own class, which every engine loads."
+        if stock
+        else "With `import rehead.modeling` first, `trust_remote_code` is not needed."
+    )
     name = done.output.name if done.output else source.model_type
     return f"""---
 library_name: transformers
@@ -31,26 +39,26 @@ tags: [rehead, {done.form}]
 
 # {name}
 
-A {source.model_type} model converted to {NAMES[done.form]} by rehead.
+A {source.model_type} model converted to {TARGETS[done.form].title} by rehead.
 Its KV cache holds {cache["converted"]:,} bytes per token instead of {cache["source"]:,}
 ({done.kv_budget:.1%}).
 
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{loading})
 ```
 
-With `import rehead.modeling` first, `trust_remote_code` is not needed.
+{note}
 
-Recipe: rope {recipe.rope}, calibration text {recipe.calibration}, {recipe.samples} sequences,
+Recipe: {rope}calibration text {recipe.calibration}, {recipe.samples} sequences,
 {recipe.heal} healing steps a layer, seed {recipe.seed}. The whole of it is in `config.json` under
 `conversion`.
 
 Relative squared error of each attention layer's output on held-out calibration text
 (mean {sum(errors) / max(1, len(errors)):.3g}):
 
-| layer | kv_lora_rank | qk_rope_head_dim | error |
-|---|---|---|---|
+| {" | ".join(("layer", *names))} | error |
+{"|---" * (len(names) + 2)}|
 {rows}
 """

@@ -14,7 +14,7 @@ from .errors import InputError
 TRIED_WIDTHS = (0.6, 1.0, 1.5)
 WIDTH_STEP = 4
 # Shares of a layer's width that may be rotated dims.
-TRIED_SPLITS = (0.2, 0.35, 0.5)
+TRIED_SPLITS = (0.2, 0.3, 0.45)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class LayerDims:
     @property
     def width(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def named(self) -> dict[str, int]:
+        """The dims by the config's names."""
+        return {"kv_lora_rank": self.kv_lora_rank, "qk_rope_head_dim": self.qk_rope_head_dim}
 
 
 def parse_budget(budget: float | str) -> float:

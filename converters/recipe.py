@@ -20,20 +20,35 @@ class Recipe:
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     q_lora_rank: int | None = None
+    num_key_value_heads: int | None = None
+    pooling: str | None = None
+    head_dim: int | None = None
+    share_q_dim: int | None = None
     uniform: bool = False
     native: bool = False
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted layer; errors are relative squared errors of the attention's output."""
+    """One converted layer; errors are relative squared errors of the attention's output.
+
+    Args:
+        dims: its dims by the config's names.
+        closed_form_error: before anything is fitted beyond the moments.
+        parameters: of the source's attention and the converted one.
+    """
 
     layer: int
-    kv_lora_rank: int
-    qk_rope_head_dim: int
+    dims: dict[str, int]
     rope_pairs: tuple[int, ...] = ()
-    error_before_healing: float | None = None
+    closed_form_error: float | None = None
     error: float | None = None
+    parameters: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, the dims among the rest."""
+        fields = asdict(self)
+        return {"layer": fields.pop("layer")} | fields.pop("dims") | fields
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,10 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
     recipe: Recipe
+    attention_parameters: dict[str, int] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return asdict(self) | {"output": None if self.output is None else str(self.output)}
+        fields = asdict(self) | {"layers": [layer.to_dict() for layer in self.layers]}
+        return fields | {"output": None if self.output is None else str(self.output)}

@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .activations import Activations
-from .calibration import attend
 from .healing import Form
-from .maps import AttentionMaps
+from .maps import AttentionMaps, head_outputs
 
 # Ridges to choose from, as shares of the mean energy of a feature.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -35,26 +34,31 @@ def refit_output(form: FormT, seen: Activations) -> FormT:
         return form
     maps = form.expand()
     fit, test = (_normal_equations(maps, seen[rows]) for rows in (slice(held, None), slice(held)))
-    values, vectors = torch.linalg.eigh(fit[0])
-    scale, turned = float(values.clamp_min(0).mean()), vectors.mT @ fit[1]
-
-    def step(ridge: float) -> Tensor:
-        return vectors @ (turned / (values.clamp_min(0) + ridge * scale)[:, None])
 
     def change(delta: Tensor) -> float:  # of the squared error on the held-out quarter
         return float((delta * (test[0] @ delta - 2 * test[1])).sum())
 
-    ridge = min(RIDGES, key=lambda r: change(step(r)))
-    if scale <= 0 or change(step(ridge)) >= 0:
+    if not float(fit[0].diagonal().sum()) > 0:
         return form
-    gram = fit[0] + test[0]
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
-    delta = torch.linalg.solve(gram, fit[1] + test[1]).mT
+    changes = {ridge: change(_ridge_step(*fit, ridge)) for ridge in RIDGES}
+    ridge = min(changes, key=changes.__getitem__)
+    if changes[ridge] >= 0:
+        return form
+    delta = _ridge_step(fit[0] + test[0], fit[1] + test[1], ridge).mT
     width = maps.heads * maps.v_dim
     fitted = {"o": maps.o + delta[:, :width].unflatten(1, maps.o.shape[1:])}
     if maps.o_bias is not None:
         fitted["o_bias"] = maps.o_bias + delta[:, width]
     return replace(form, **fitted)
+
+
+def _ridge_step(
+    gram: Float[Tensor, "F F"], moment: Float[Tensor, "F D"], ridge: float
+) -> Float[Tensor, "F D"]:
+    """(gram + ridge * its mean energy)^-1 moment."""
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(damped))
 
 
 def _normal_equations(
@@ -66,9 +70,7 @@ def _normal_equations(
     gram = torch.zeros(features, features, dtype=torch.float64, device=seen.x.device)
     moment = torch.zeros(features, maps.hidden, dtype=torch.float64, device=seen.x.device)
     for x, y, weights in zip(seen.x, seen.y, seen.weights, strict=True):
-        attended = attend(narrow, x)
-        out = attended.weights @ attended.v.repeat_interleave(maps.repeats, 0)
-        out = out.transpose(0, 1).flatten(1)  # [T, H V]
+        out = head_outputs(narrow, x[None])[0].flatten(1)  # [T, H V]
         o = narrow.o.flatten(1)
         if narrow.o_bias is not None:
             out = torch.cat([out, torch.ones_like(out[:, :1])], dim=1)

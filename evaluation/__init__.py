@@ -3,15 +3,17 @@
 Importing this package makes rehead's own model classes known to transformers.
 """
 
-from .cache import kv_bytes_per_token
+from .cache import cache_bytes_of_config, kv_bytes_per_token
 from .generation import continuation
-from .loading import load_model, load_tokenizer
+from .loading import load_config, load_model, load_tokenizer
 from .perplexity import Perplexity, perplexity
 
 __all__ = [
     "Perplexity",
+    "cache_bytes_of_config",
     "continuation",
     "kv_bytes_per_token",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "perplexity",

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 # Two lengths whose difference counts: what does not grow with the text is no cost of a token.
 LENGTHS = (16, 48)
@@ -23,6 +24,13 @@ def kv_bytes_per_token(model: Any) -> int:
     return per_token
 
 
+def cache_bytes_of_config(config: PretrainedConfig) -> int:
+    """The same of the model a config describes, run without weights on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return kv_bytes_per_token(model.eval())
+
+
 def _cache_bytes(model: Any, length: int) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(length, device=model.device).remainder(vocabulary)[None]  # [1, length]
@@ -32,7 +40,7 @@ def _cache_bytes(model: Any, length: int) -> int:
     storages = {}
     for tensor in _tensors(cache, set()):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr() or storage._cdata] = storage.nbytes()  # 0 on the meta device
     return sum(storages.values())
 
 

@@ -4,12 +4,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 # Imported for what it does: it registers rehead's classes with transformers.
 from .. import modeling  # noqa: F401
-from ..converters.checkpoint import open_source
+from ..converters.checkpoint import locate, open_source, read_config
 from ..converters.errors import InputError, one_line
+
+
+def load_config(model: str | Path) -> PretrainedConfig:
+    """The config of a folder, a hub id or a `.gguf` file; of a hub id nothing else is fetched.
+
+    Raises:
+        InputError: there is no such model, or transformers does not know it.
+    """
+    if Path(model).expanduser().exists():
+        return read_config(locate(model))
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"{model} is no file or folder here, and not to be had from the hub "
+            f"({one_line(error, 120)})."
+        ) from error
 
 
 def load_model(

@@ -7,15 +7,16 @@ import pytest
 import torch
 from layers import error
 
+from rehead.converters import calibration
 from rehead.converters.calibration import (
-    _output_change,
-    _sum_by_lag,
+    add_by_lag,
     attend,
     kronecker,
     output_norms,
     phase_moments,
     probe_gradients,
     query_gradients,
+    score_importance,
 )
 from rehead.converters.maps import position_angles, project, reference_attention, rotate
 
@@ -91,7 +92,7 @@ def test_gradients_of_position_free_keys_are_autograds(bias):
 
 def test_attend_gives_softmax_weights():
     maps, x = layers.maps(bias=True).to(torch.float32), layers.inputs(1)[0]
-    seen = attend(maps, x)
+    (seen,) = attend(maps, x)
     assert torch.allclose(seen.weights.sum(-1), torch.ones(4, len(x)), atol=1e-6)
     assert not seen.weights.triu(1).any()
     y = torch.einsum("hts,hsv,dhv->td", seen.weights, seen.v.repeat_interleave(2, 0), maps.o)
@@ -105,16 +106,40 @@ def test_sums_by_lag_are_a_loops(length):
     for t in range(length):
         for s in range(t + 1):
             wanted[:, t - s] += j[:, t, s]
-    assert torch.allclose(_sum_by_lag(j), wanted, rtol=1e-6)
+    found, blocks, causal = (torch.zeros_like(wanted) for _ in range(3))
+    add_by_lag(found, j)
+    assert torch.allclose(found, wanted, rtol=1e-6)
     # What has s > t counts nowhere.
-    assert torch.equal(_sum_by_lag(j), _sum_by_lag(j.tril()))
+    add_by_lag(causal, j.tril())
+    assert torch.equal(found, causal)
+    for start in range(0, length, 3):
+        stop = min(start + 3, length)
+        add_by_lag(blocks, j[:, start:stop, :stop])
+    assert torch.allclose(blocks, wanted, rtol=1e-6)
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    """Sequences longer than a block, and not a multiple of it, as one block sees them."""
+    maps, x = layers.maps(bias=True).to(torch.float32), layers.inputs(2, 11)
+
+    def everything():
+        phases = phase_moments(maps, x)
+        phases = replace(phases, mean_phase=torch.view_as_real(phases.mean_phase))
+        gradients = (*probe_gradients(maps, x, seeded()), query_gradients(maps, x, seeded()))
+        return [*vars(phases).values(), *gradients]
+
+    whole = everything()
+    monkeypatch.setattr(calibration, "QUERIES_AT_ONCE", 4)
+    assert [seen.weights.shape[1:] for seen in attend(maps, x[0])] == [(4, 4), (4, 8), (3, 11)]
+    for one, many in zip(whole, everything(), strict=True):
+        assert error(many, one) < 1e-5
 
 
 def test_output_change_is_the_squared_derivative_of_the_output():
     """J_ts = |d y_t / d score_ts|^2 for the head alone."""
     maps, x = layers.maps(v_dim=6).to(torch.float32), layers.inputs(1, 5)[0]
-    seen = attend(maps, x)
-    found = _output_change(maps, seen, output_norms(maps))
+    (seen,) = attend(maps, x)
+    found = score_importance(maps, seen, output_norms(maps), seen.weights.square())
     v = seen.v.repeat_interleave(maps.repeats, 0)
     scores = seen.weights.clamp_min(1e-30).log()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import folders
 import pytest
 import typer
+from transformers import AutoModelForCausalLM
 
 from rehead.cli import main
 from rehead.cli.convert import default_output
-from rehead.converters import Conversion, InputError, LayerReport, Recipe
+from rehead.converters import FORMS, Conversion, InputError, LayerReport, Recipe
+from rehead.evaluation import kv_bytes_per_token
 
 SCRIPTS = Path(sys.executable).parent
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -27,6 +30,10 @@ CONVERT_OPTIONS = {
     "--kv-lora-rank",
     "--qk-rope-head-dim",
     "--q-lora-rank",
+    "--num-key-value-heads",
+    "--pooling",
+    "--head-dim",
+    "--share-q-dim",
     "--rope",
     "--uniform-rank",
     "--native",
@@ -125,7 +132,8 @@ MISTAKES = {
     ),
     "no such dtype": (["evaluate", "{model}", "--text", "{text}", "--dtype", "fp3"], "fp3"),
     "no form": (["convert", "{model}"], "Missing option '--to'"),
-    "near form": (["convert", "{model}", "--to", "mal"], "Did you mean mla?"),
+    "near form": (["convert", "{model}", "--to", "mlaa"], "Did you mean mla?"),
+    "near pooling": (["convert", "{model}", "--to", "gqa", "--pooling", "men"], "mean mean?"),
     "near rope": (["convert", "{model}", "--to", "mla", "--rope", "decopled"], "mean decoupled?"),
     "bad steps": (["convert", "{model}", "--to", "mla", "--heal", "-1"], "--heal"),
     "no number": (["convert", "{model}", "--to", "mla", "--samples", "few"], "--samples"),
@@ -161,7 +169,10 @@ def test_no_arguments_show_the_help(capsys):
 def done(output: Path | None) -> Conversion:
     """What a conversion returns."""
     recipe = Recipe("m", "mla", "decoupled", 0.5, calibration="default", samples=8, heal=0, seed=0)
-    layers = [LayerReport(0, 8, 4, error=0.01), LayerReport(1, 7, 0, error=float("nan"))]
+    dims = [
+        dict(zip(("kv_lora_rank", "qk_rope_head_dim"), d, strict=True)) for d in ((8, 4), (7, 0))
+    ]
+    layers = [LayerReport(0, dims[0], error=0.01), LayerReport(1, dims[1], error=float("nan"))]
     return Conversion(
         output=output,
         form="mla",
@@ -204,15 +215,17 @@ def test_options_reach_the_conversion(conversion, capsys):
     defaults.pop("progress")
     assert defaults == {
         **dict.fromkeys(("calibration", "samples", "heal", "dtype")),
-        **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")),
+        **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "kv_budget")),
+        **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim")),
         **dict.fromkeys(("uniform_rank", "native", "dry_run", "resume", "force"), False),
-        **{"to": "mla", "output": Path("llama-7b-mla"), "kv_budget": "50%"},
+        **{"to": "mla", "output": Path("llama-7b-mla")},
         **{"rope": "decoupled", "seed": 0, "device": "cpu"},
     }
     given = {
         **{"output": Path("x"), "kv_budget": "33%", "calibration": "c.txt", "samples": 8},
         **{"heal": 0, "rope": "on-read", "seed": 7, "dtype": "bfloat16", "device": "cuda"},
         **{"kv_lora_rank": 96, "qk_rope_head_dim": 0, "q_lora_rank": 64},
+        **{"num_key_value_heads": 2, "pooling": "mean", "head_dim": 48, "share_q_dim": 99},
     }
     flags = ("uniform_rank", "native", "dry_run", "resume", "force")
     args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
@@ -347,3 +360,49 @@ def test_convert_writes_a_folder_that_evaluate_measures(inputs, tmp_path):
     again = script("rehead", "convert", model, *args, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert "--force" in again.stderr.splitlines()[-1]
+
+
+def test_inspect_reads_the_config_alone(inputs, tmp_path, capsys):
+    """What it says is cached is what the model caches, and what is offered can be had."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(inputs[0] / "config.json", folder)
+    code, out, _ = run(capsys, "inspect", folder, "--json")
+    assert code == 0
+    found = json.loads(out)
+    model = AutoModelForCausalLM.from_pretrained(inputs[0])
+    assert found["kv_bytes_per_token"] == kv_bytes_per_token(model)
+    assert (found["form"], found["conversion"], found["refused"]) == ("gqa", None, None)
+    offers = {(o["form"], o["kv_budget"]): o for o in found["forms"] if not o["refused"]}
+    assert {form for form, _ in offers} == set(FORMS)
+    for (form, share), offer in offers.items():
+        assert offer["kv_bytes_per_token"] == share * found["kv_bytes_per_token"], form
+    code, out, _ = run(capsys, "inspect", folder)
+    assert code == 0
+    assert "When to take which" in out
+    assert "num_key_value_heads 1" in out
+
+
+def test_inspect_knows_a_conversion(inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+    args = ["--to", "mfa-kr", "--heal", 0, "--samples", 4, "--output", output, "--json"]
+    code, out, _ = run(capsys, inputs[0], *args, "--calibration", inputs[1], command="convert")
+    assert code == 0
+    done = json.loads(out)
+    code, out, _ = run(capsys, "inspect", output, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["form"] == "mfa-kr"
+    assert found["kv_bytes_per_token"] == done["kv_bytes_per_token"]["converted"]
+    assert found["conversion"]["samples"] == 4
+    assert "converted already" in found["refused"]
+    code, out, _ = run(capsys, "inspect", output)
+    assert code == 0
+    assert "Not convertible" in out
+
+
+def test_inspect_refuses_what_is_no_model(tmp_path, capsys):
+    for place, message in ((tmp_path, "no config.json"), (tmp_path / "none", "no file or folder")):
+        code, out, err = run(capsys, "inspect", place)
+        assert (code, out) == (2, "")
+        assert message in err

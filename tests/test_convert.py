@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
-from rehead.converters import ROPES, InputError, convert
+from rehead.converters import FORMS, ROPES, InputError, convert, job, targets
 from rehead.converters.checkpoint import open_source
 from rehead.evaluation import kv_bytes_per_token
 
@@ -101,19 +101,35 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("rope", ROPES)
+# Every form, and both kinds of RoPE of the one that has two.
+VARIANTS = {
+    "mla": dict(rope="decoupled"),
+    "mla on read": dict(rope="on-read"),
+    "mfa": dict(to="mfa"),
+    "mfa-kr": dict(to="mfa-kr"),
+    "gqa": dict(to="gqa"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("family", "rope_type", "fields"), EXACT)
-def test_the_whole_budget_is_exact(family, rope_type, fields, rope, run, tmp_path):
+def test_the_whole_budget_is_exact(family, rope_type, fields, variant, run, tmp_path):
     """In fp32, and for as long as the model goes: 100 tokens are beyond longrope's short ones."""
+    asked = dict(to="mla", kv_budget="100%") | VARIANTS[variant]
     parameters = ROPE_TYPES[rope_type]
     model = tiny.source(family, rope_parameters=parameters, **folders.MODEL_FIELDS | fields)
     shards = "20KB" if family == "mistral" else "5GB"
     folders.save(tmp_path / "source", model, max_shard_size=shards)
-    done = run(tmp_path / "source", tmp_path / "out", kv_budget="100%", rope=rope)
+    if asked["to"] == "mfa-kr":  # keys and values in one head, whatever that does to its size
+        keys = model.config.num_key_value_heads * model.config.head_dim
+        asked |= dict(head_dim=min(2 * keys, keys + model.config.hidden_size))
+    done = run(tmp_path / "source", tmp_path / "out", **asked)
     found = loaded(tmp_path / "out")
-    assert type(found).__name__.lower() == f"{family}mlaforcausallm"
+    form = {"gqa": "", "mfa-kr": "mfa"}.get(asked["to"], asked["to"])
+    assert type(found).__name__.lower() == f"{family}{form}forcausallm"
     assert error(logits(found), logits(model)) < 1e-5
-    assert found.config.rope_on_read == (rope == "on-read")
+    assert getattr(found.config, "rope_on_read", False) == (variant == "mla on read")
+    assert getattr(found.config, "key_reuse", False) == (variant == "mfa-kr")
     assert max(layer.error for layer in done.layers) < 1e-8
     assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
     assert kv_bytes_per_token(model) == done.kv_bytes_per_token["source"]
@@ -128,10 +144,11 @@ def test_the_whole_budget_is_exact(family, rope_type, fields, rope, run, tmp_pat
 @pytest.mark.parametrize("rope", ROPES)
 def test_what_is_exact_is_not_healed(rope, source, run, tmp_path, monkeypatch):
     """Though healing reads its targets in bfloat16, and so sees an error."""
-    monkeypatch.setattr(sys.modules[convert.__module__], "heal_layer", pytest.fail)
+    monkeypatch.setattr(job, "heal", pytest.fail)
+    monkeypatch.setattr(job, "refit_output", pytest.fail)
     done = run(source[0], tmp_path / "out", kv_budget="100%", heal=2, rope=rope)
     assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1e-5
-    assert all(layer.error == layer.error_before_healing for layer in done.layers)
+    assert all(layer.error == layer.closed_form_error for layer in done.layers)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +187,8 @@ def test_the_folder_is_whole(rope, halves, source, text):
     assert "library_name: transformers" in front
     assert "base_model" not in front  # a folder of ours says nothing to others
     for layer in done.layers:
-        row = f"| {layer.layer} | {layer.kv_lora_rank} | {layer.qk_rope_head_dim} | "
-        assert f"{row}{layer.error:.3g} |" in card
+        dims = " | ".join(map(str, layer.dims.values()))
+        assert f"| {layer.layer} | {dims} | {layer.error:.3g} |" in card
     assert f"{done.kv_bytes_per_token['converted']:,} bytes" in card
     assert str(folder.parent) not in card
 
@@ -193,10 +210,10 @@ def test_the_report_is_what_was_done(rope, halves):
     assert done.peak_rss_bytes > 1 << 20
     config = loaded(folder).config
     for layer in done.layers:
-        assert config.layer_dims(layer.layer) == (layer.kv_lora_rank, layer.qk_rope_head_dim)
+        assert config.layer_dims(layer.layer) == tuple(layer.dims.values())
         if rope == "decoupled":
             assert tuple(config.layer_rope_pairs(layer.layer)) == layer.rope_pairs
-        assert 0 < layer.error <= layer.error_before_healing < 1
+        assert 0 < layer.error <= layer.closed_form_error < 1
     plain = json.loads(json.dumps(done.to_dict()))
     assert plain["output"] == str(folder)
     assert plain["kv_bytes_per_token"]["source"] == 2 * 32 * 4
@@ -232,6 +249,69 @@ def calibration(folder, text, samples, seed):
     return rows[order[:samples]]
 
 
+FORM_OPTIONS = {
+    "gqa": dict(num_key_value_heads=1),
+    "mqa": {},
+    "mla": dict(kv_budget=0.5),
+    "mfa": dict(kv_budget=0.5),
+    "mfa-kr": dict(kv_budget=0.5),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_halves_the_cache(form, source, run, tmp_path, capsys):
+    """With its errors, its parameters and what the model really caches in the report."""
+    folder, stock = source
+    done = run(folder, tmp_path / "out", to=form, samples=8, heal=3, **FORM_OPTIONS[form])
+    found = loaded(tmp_path / "out")
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert done.kv_bytes_per_token["converted"] <= 0.5 * done.kv_bytes_per_token["source"]
+    assert done.kv_budget == pytest.approx(
+        done.kv_bytes_per_token["converted"] / done.kv_bytes_per_token["source"]
+    )
+    attention = {
+        name: sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n)
+        for name, model in (("source", stock), ("converted", found))
+    }
+    assert done.attention_parameters == attention
+    assert all(0 < layer.error <= layer.closed_form_error < 1 for layer in done.layers)
+    assert 1e-3 < error(logits(found), logits(stock)) < 1.3
+    recipe = json.loads((tmp_path / "out" / "config.json").read_text())["conversion"]
+    assert recipe["form"] == form
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("trust_remote_code" in card) == (form not in ("gqa", "mqa"))
+    assert "auto_map" in found.config.to_dict() or form in ("gqa", "mqa")
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=256)
+    cached, plain = (found.generate(IDS[:, :9], use_cache=c, **options) for c in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_mean_pooling_is_the_papers(source, run, tmp_path):
+    """Nothing is fitted unless healing is asked for."""
+    run(source[0], tmp_path / "out", to="mqa", pooling="mean")
+    found, stock = loaded(tmp_path / "out"), source[1]
+    for name in ("k_proj", "v_proj"):
+        for mine, theirs in zip(found.model.layers, stock.model.layers, strict=True):
+            weight = getattr(theirs.self_attn, name).weight.unflatten(0, (2, -1)).mean(0)
+            assert torch.allclose(getattr(mine.self_attn, name).weight, weight, atol=1e-7)
+    for mine, theirs in zip(found.model.layers, stock.model.layers, strict=True):
+        assert torch.equal(mine.self_attn.o_proj.weight, theirs.self_attn.o_proj.weight)
+
+
+def test_heads_that_make_a_model_explode_are_asked_for(run, tmp_path):
+    fields = folders.MODEL_FIELDS | dict(num_attention_heads=16, num_key_value_heads=16, head_dim=8)
+    folders.save(tmp_path / "source", tiny.source("llama", **fields))
+    with pytest.raises(InputError, match=r"--kv-budget 75.00%.*6\.\d times.*--head-dim 96"):
+        run(tmp_path / "source", tmp_path / "out", to="mfa", kv_budget="75%")
+    assert not (tmp_path / "out").exists()
+    options = dict(head_dim=96, qk_rope_head_dim=64, share_q_dim=20)
+    done = run(tmp_path / "source", tmp_path / "out", to="mfa", **options)
+    assert done.kv_budget == 0.75
+    assert [layer.dims for layer in done.layers] == [options] * 2
+    config = loaded(tmp_path / "out").config
+    assert (config.mfa_head_dim, config.share_q_dim, config.qk_rope_head_dim) == (96, 20, 64)
+
+
 REMOTE = """
 import sys, torch
 sys.modules["rehead"] = None  # importing it raises
@@ -261,14 +341,15 @@ def test_it_loads_without_rehead(halves, tmp_path):
 SHAPES_CHECKED = """
 import sys
 from jaxtyping import install_import_hook
-modules = "activations calibration lowrank maps mla plan stream"
+modules = "activations calibration gqa grouping lowrank maps mfa mla plan"
+modules += " rope_split shared_key stream"
 names = [f"rehead.converters.{name}" for name in modules.split()]
 with install_import_hook(names, "beartype.beartype"):
     from rehead.converters import convert
 source, text, output = sys.argv[1:]
-for rope in ("decoupled", "on-read"):
-    convert(source, output=output, calibration=text, samples=5, heal=1, rope=rope, q_lora_rank=9,
-            force=True)
+mla = dict(q_lora_rank=9)
+for options in (mla, mla | dict(rope="on-read"), dict(to="gqa"), dict(to="mfa"), dict(to="mfa-kr")):
+    convert(source, output=output, calibration=text, samples=5, heal=1, force=True, **options)
 print("checked")
 """
 
@@ -284,7 +365,10 @@ def test_shapes_are_those_of_the_signatures(source, text, tmp_path):
     assert done.stdout.strip() == "checked", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("options", [dict(heal=1), dict(rope="on-read", q_lora_rank=9)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(heal=1), dict(rope="on-read", q_lora_rank=9), dict(to="gqa"), dict(to="mfa-kr", heal=1)],
+)
 def test_the_same_command_writes_the_same_bytes(options, source, run, tmp_path):
     made = [run(source[0], tmp_path / at / "out", **options).output for at in ("one", "other")]
     assert digest(made[0]) == digest(made[1])
@@ -305,20 +389,21 @@ def interrupted_at(point):
     return progress, calls
 
 
-@pytest.mark.parametrize("rope", ROPES)
-def test_what_was_interrupted_is_resumed(rope, source, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_interrupted_is_resumed(variant, source, run, tmp_path, monkeypatch):
     """At every point at which progress is told; the bytes are those of a run in one piece."""
-    options = dict(heal=1, rope=rope)
+    options = dict(to="mla", heal=1) | VARIANTS[variant]
+    if options["to"] == "gqa":
+        options |= dict(num_key_value_heads=1)
     progress, points = interrupted_at(None)
     wanted = digest(run(source[0], tmp_path / "whole" / "out", progress=progress, **options).output)
     assert points == [("survey", 1), ("survey", 2), ("heal", 1), ("heal", 2)]
 
-    module = sys.modules[convert.__module__]  # the package's attribute is the function
     worked = []
-    for name in ("mla_moments", "heal_layer"):
-        real = getattr(module, name)
+    for place, name in ((targets.TARGETS[options["to"]], "moments"), (job, "heal")):
+        real = getattr(place, name)
         monkeypatch.setattr(
-            module,
+            place,
             name,
             lambda *args, _real=real, _name=name, **kwargs: (
                 worked.append(_name) or _real(*args, **kwargs)
@@ -335,7 +420,7 @@ def test_what_was_interrupted_is_resumed(rope, source, run, tmp_path, monkeypatc
         assert [path.name for path in place.iterdir()] == ["out"]
         assert digest(place / "out") == wanted
         # What had been done was not done again.
-        assert worked == ["mla_moments", "mla_moments", "heal_layer", "heal_layer"][number + 1 :]
+        assert worked == ["moments", "moments", "heal", "heal"][number + 1 :]
 
 
 def test_a_changed_text_is_not_resumed(source, run, text, tmp_path):
@@ -388,8 +473,7 @@ def test_a_dry_run_plans_and_writes_nothing(rope, source, run, halves, tmp_path,
     real = halves[rope][1]
     assert done.kv_bytes_per_token == real.kv_bytes_per_token
     for planned, layer in zip(done.layers, real.layers, strict=True):
-        assert planned.kv_lora_rank == layer.kv_lora_rank
-        assert planned.qk_rope_head_dim == layer.qk_rope_head_dim
+        assert planned.dims == layer.dims
         assert planned.error is None
     assert capsys.readouterr().out == ""
 
@@ -423,7 +507,22 @@ def sliding(family, **fields):
 
 
 MISTAKES = {
-    "form": (dict(to="mfa"), None, "form 'mfa'.*Forms: mla"),
+    "form": (dict(to="mha"), None, "form 'mha'.*Forms: gqa, mqa, mla, mfa, mfa-kr"),
+    "another form's flag": (dict(to="mfa", kv_lora_rank=4), None, "--kv-lora-rank.*mfa.*mla"),
+    "another form's rope": (dict(to="gqa", rope="on-read"), None, "--rope on-read.*gqa.*mla"),
+    "half a group": (dict(to="gqa", kv_budget="30%"), None, "30.*less than one of.*2 KV heads"),
+    "heads that do not divide": (dict(to="gqa", num_key_value_heads=3), None, "Use one of 1, 2"),
+    "too little for one head": (dict(to="mqa", kv_budget="30%"), None, "--to mla, which can go"),
+    "pooling": (dict(to="gqa", pooling="max"), None, "--pooling max.*aligned or mean"),
+    "odd head": (dict(to="mfa", head_dim=7), None, "--head-dim 7 must be even.*at most 16"),
+    "wide head": (dict(to="mfa-kr", head_dim=50), None, "--head-dim 50.*at most 32"),
+    "rotated beyond the head": (
+        dict(to="mfa", head_dim=8, qk_rope_head_dim=10),
+        None,
+        "--qk-rope-head-dim 10 must be even and at most 8",
+    ),
+    "shared queries": (dict(to="mfa", share_q_dim=33), None, "share_q_dim=33.*at most 32"),
+    "no room for a head": (dict(to="mfa", kv_budget="10%"), None, "leaves 3 of the 32 numbers"),
     "rope": (dict(rope="none"), None, "rope 'none'"),
     "native on read": (dict(native=True, rope="on-read"), None, "Use --rope decoupled"),
     "budget of nothing": (dict(kv_budget="0%"), None, "--kv-budget 0% must be above 0%"),
@@ -516,7 +615,7 @@ def test_what_stands_at_the_output_is_replaced_only_when_asked(source, run, halv
 
 def test_dims_that_were_given_are_taken(source, run, tmp_path):
     done = run(source[0], tmp_path / "out", kv_lora_rank=11, qk_rope_head_dim=6, q_lora_rank=13)
-    assert [(d.kv_lora_rank, d.qk_rope_head_dim) for d in done.layers] == [(11, 6)] * 2
+    assert [tuple(d.dims.values()) for d in done.layers] == [(11, 6)] * 2
     config = loaded(tmp_path / "out").config
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.q_lora_rank) == (11, 6, 13)
     assert config.kv_lora_rank_per_layer is None
@@ -534,10 +633,10 @@ def test_full_rank_queries_are_exact(source, run, tmp_path):
 @pytest.mark.parametrize("rope", ROPES)
 def test_uniform_rank_is_the_same_for_all(rope, source, run, halves, tmp_path):
     done = run(source[0], tmp_path / "out", uniform_rank=True, rope=rope)
-    dims = {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in done.layers}
+    dims = {tuple(layer.dims.values()) for layer in done.layers}
     assert len(dims) == 1
     assert sum(dims.pop()) == 16
-    uneven = {layer.kv_lora_rank + layer.qk_rope_head_dim for layer in halves[rope][1].layers}
+    uneven = {sum(layer.dims.values()) for layer in halves[rope][1].layers}
     assert len(uneven) == 2  # or this would show nothing
     assert 0 < error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1.3
 
@@ -572,7 +671,7 @@ def test_any_budget_is_kept(share, rope, uniform_rank, run, tmp_path):
     assert done.kv_budget <= float(share.strip("%")) / 100
     assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
     assert torch.isfinite(logits(found)).all()
-    assert all(layer.kv_lora_rank <= 32 for layer in done.layers)
+    assert all(layer.dims["kv_lora_rank"] <= 32 for layer in done.layers)
     # An on-read latent of 32 is exact.
     if share == "100%" or (rope == "on-read" and share in ("75%", "95%")):
         assert error(logits(found), logits(model)) < 1e-5

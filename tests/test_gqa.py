@@ -220,7 +220,7 @@ def test_aligned_loses_less_than_the_mean(bias, seed):
 
 def brute_weights(maps, sequence):
     """a^TEMPER / sum a^TEMPER |o_h (v_s - o_t)|^2, one number at a time."""
-    seen, norms = attend(maps, sequence), output_norms(maps)
+    (seen,), norms = attend(maps, sequence), output_norms(maps)
     length = len(sequence)
     weights = torch.zeros(maps.heads, length, length, dtype=torch.float64)
     for h, t in itertools.product(range(maps.heads), range(length)):
@@ -240,7 +240,7 @@ def test_moments_are_their_definitions():
     turned = torch.zeros_like(queries)
     for sequence in x:
         weights = brute_weights(narrow, sequence)
-        q = attend(narrow, sequence).q.double()
+        q = next(attend(narrow, sequence)).q.double()
         plain = rotate(q, -position_angles(maps.inv_freq, 10))
         for h, t, s in itertools.product(range(4), range(10), range(10)):
             w, key = weights[h, t, s], torch.cat([sequence[s].double(), torch.ones(1).double()])

@@ -21,8 +21,8 @@ FILES = {
 PURE = [
     f"rehead.converters.{name}"
     for name in (
-        *("activations", "calibration", "gqa", "grouping", "lowrank", "maps", "mla", "plan"),
-        *("refit", "shared_key"),
+        *("activations", "calibration", "gqa", "grouping", "lowrank", "maps", "mfa", "mla", "plan"),
+        *("refit", "rope_split", "shared_key"),
     )
 ]
 

@@ -1,0 +1,192 @@
+"""The passes over a model's layers: survey them, spend the budget, fit and write.
+
+Letters: N sequences, T tokens in each, D hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .activations import Activations
+from .checkpoint import Source
+from .families import Family
+from .healing import Form, has_fast_bfloat16, heal, output_error
+from .maps import AttentionMaps
+from .plan import TRIED_WIDTHS, spend
+from .recipe import LayerReport, Recipe
+from .refit import refit_output
+from .stream import LayerStream
+from .targets import Dims, Target
+from .work import load, save
+from .writer import Writer
+
+# The first so many sequences are surveyed; what is fitted beyond the closed form sees them all.
+SURVEY_SEQUENCES = 12
+# So many are enough to compare dims by.
+REFIT_SEQUENCES = 4
+# The last so many of either are held out: they measure errors.
+MEASURE_SEQUENCES = 4
+# A layer whose relative error is below this is left as it is: what fitting sees of it may be the
+# rounding of bfloat16 alone.
+EXACT = 1e-4
+
+Sequences = TypeVar("Sequences", Tensor, Activations)
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+
+class Job:
+    """One conversion's parts; each method is one pass over the layers."""
+
+    def __init__(
+        self,
+        source: Source,
+        family: Family,
+        recipe: Recipe,
+        target: Target,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.source, self.family, self.recipe, self.target = source, family, recipe, target
+        self.device, self.progress = device, progress
+        self.layers = source.config.num_hidden_layers
+
+    def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
+        """Every layer's moments, kept in `work`, and the dims the budget buys."""
+        stream = LayerStream(self.source, self.family, tokens[:SURVEY_SEQUENCES], self.device)
+        curves, shares = [], []
+        for layer in range(self.layers):
+            file = work / f"moments-{layer:04d}.pt"
+            seen = stream.advance(layer)
+            if not file.exists():
+                maps = stream.maps(layer)
+                fitting, measured = hold_out(seen)
+                moments = self.target.moments(maps, fitting.x, self._generator(layer))
+                curve: dict[int, float] = {}
+                share = 0.0
+                if self.target.fixed is None:
+                    curve, share = self._measure(maps, moments, fitting, measured)
+                save(file, {"moments": moments, "curve": curve, "share": share})
+            saved = load(file)
+            curves.append(saved["curve"])
+            shares.append(saved["share"])
+            self.progress("survey", layer + 1, self.layers, {})
+        dims = list(self.target.fixed or self._spend(curves, shares))
+        if not self.recipe.native:
+            return dims
+        moments = (load(work / f"moments-{i:04d}.pt")["moments"] for i in range(self.layers))
+        return self.target.shared(dims, [(stream.maps(i), m) for i, m in enumerate(moments)])
+
+    def _measure(
+        self, maps: AttentionMaps, moments: Any, fitting: Activations, measured: Activations
+    ) -> tuple[dict[int, float], float]:
+        """({width: error}, share of rotated dims) of one layer, with its output map refit.
+
+        The output map mends much of what lost rotations cost and less of what lost rank does.
+        """
+        target, build = self.target, self.target.builder(maps, moments)
+        few = fitting[:REFIT_SEQUENCES]
+
+        def error(width: int, share: float) -> float:
+            form = build(target.dims(width, share))
+            return output_error(refit_output(form, few), measured).absolute
+
+        at_mean = {share: error(target.width, share) for share in target.splits}
+        share = min(at_mean, key=at_mean.__getitem__)
+        curve = {target.width: at_mean[share]}
+        if not self.recipe.uniform:
+            for ratio in TRIED_WIDTHS:
+                width = min(max(target.least, round(ratio * target.width)), target.most)
+                if width not in curve:
+                    curve[width] = error(width, share)
+        return curve, share
+
+    def _spend(self, curves: list[dict[int, float]], shares: list[float]) -> list[Dims]:
+        target, mean = self.target, self.target.width
+        if self.recipe.uniform:
+            share = sorted(shares)[len(shares) // 2]
+            return [target.dims(mean, share)] * self.layers
+        least, most = max(target.least, mean // 3), min(3 * mean, target.most)
+        widths = spend(curves, mean * self.layers, least, most)
+        return [target.dims(*layer) for layer in zip(widths, shares, strict=True)]
+
+    def write(
+        self,
+        tokens: Tensor,
+        dims: Sequence[Dims],
+        work: Path,
+        writer: Writer,
+        dtype: torch.dtype,
+    ) -> tuple[list[LayerReport], dict[str, bool]]:
+        """Fits every layer to its dims, heals it, and writes it and all that stays.
+
+        Returns:
+            A report of every layer, and which projections have a bias.
+        """
+        # Healing reads much text; the noise of bfloat16 is far below the errors it mends.
+        low_precision = bool(self.recipe.heal) and has_fast_bfloat16(self.device)
+        stream = LayerStream(self.source, self.family, tokens, self.device, low_precision)
+        stage = "heal" if self.recipe.heal else "factorise"
+        reports, biases = [], {}
+        for layer, dim in enumerate(dims):
+            seen = stream.advance(layer)
+            file = work / f"fitted-{layer:04d}.pt"
+            if not file.exists():
+                maps = stream.maps(layer)
+                moments = load(work / f"moments-{layer:04d}.pt")["moments"]
+                form = self.target.builder(maps, moments)(dim)
+                before = sum(t.numel() for t in vars(maps).values() if isinstance(t, Tensor))
+                save(file, (*self._fit(layer, form, seen), before - maps.inv_freq.numel()))
+            form, closed, error, source_parameters = load(file)
+            tensors = form.state_dict(stream.attention_factor**2)
+            for name, tensor in tensors.items():
+                writer.add(self.family.prefix(layer) + name, tensor.to(dtype))
+            biases = form.biases()
+            parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
+            reports.append(
+                LayerReport(
+                    layer,
+                    self.target.named(form, dim),
+                    getattr(form, "rope_pairs", ()),
+                    closed,
+                    error,
+                    parameters,
+                )
+            )
+            self.progress(stage, layer + 1, self.layers, {"error": error})
+            del seen  # the largest thing in memory, before the next layer's is made
+        prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
+        for name in self.source.names():
+            if not name.startswith(prefixes):
+                tensor = self.source.tensor(name)
+                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        return reports, biases
+
+    def _fit(self, layer: int, form: Form, seen: Activations) -> tuple[Form, float, float]:
+        """(the form, the error of its closed form, and the one that is left)."""
+        generator = self._generator(layer)
+        fitting, measured = hold_out(seen)
+        x = fitting.x[: SURVEY_SEQUENCES - MEASURE_SEQUENCES]
+        closed = output_error(form, measured).relative
+        finished = self.target.finish(form, x, closed, generator)
+        if finished is not form:
+            form, closed = finished, output_error(finished, measured).relative
+        if closed < EXACT or not self.target.refits:
+            return form, closed, closed
+        # The output map last: fitted first, it holds the other maps where they are.
+        fitted = heal(form, fitting, steps=self.recipe.heal, generator=generator)
+        fitted = refit_output(fitted, fitting)
+        error = output_error(fitted, measured).relative
+        return (fitted, closed, error) if error < closed else (form, closed, closed)
+
+    def _generator(self, layer: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
+
+
+def hold_out(seen: Sequences) -> tuple[Sequences, Sequences]:
+    """(what to fit, what to measure on): the last sequences measure, a lone one does both."""
+    count = len(seen)
+    held = min(MEASURE_SEQUENCES, count // 4)
+    return (seen, seen) if held == 0 else (seen[: count - held], seen[count - held :])

@@ -1,0 +1,191 @@
+"""Which of a layer's key pairs keep RoPE, and what the others become without it.
+
+Letters: H query heads, G KV heads, E head width, P = E/2 pairs, V value width, D hidden size,
+C = G P components, n of them rotated, R = 2n rotated dims.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from .calibration import PhaseMoments
+from .maps import AttentionMaps
+
+# A pair that loses nothing without RoPE still needs a nonzero weight to be decomposed.
+LEAST_REMOVAL = 1e-4
+
+
+@dataclass(frozen=True)
+class RopeSplit:
+    """A layer whose n strongest components keep RoPE, before anything is of low rank.
+
+    Args:
+        q_rope, k_rope: the rotated components of every query head, and of the one shared key.
+        q_nope: queries without RoPE, times the mean phase.
+        k_nope: what the kept components leave of the keys.
+        rope_pairs: frequency index of each kept component.
+        removed: J-weighted squared score error that each dropped component costs, in total.
+    """
+
+    q_rope: Float[Tensor, "H R D"]
+    k_rope: Float[Tensor, "R D"]
+    q_nope: Float[Tensor, "H E D"]
+    k_nope: Float[Tensor, "G E D"]
+    rope_pairs: tuple[int, ...]
+    removed: float
+    q_rope_bias: Float[Tensor, "H R"] | None = None
+    k_rope_bias: Float[Tensor, " R"] | None = None
+    q_nope_bias: Float[Tensor, "H E"] | None = None
+
+
+@dataclass(frozen=True)
+class Components:
+    """All G*P rotated components of a layer, by falling cost of dropping their rotation.
+
+    Component j of frequency f is z = analysis[j] . k_f over KV heads, and k_f = sum_j synthesis[j]
+    z_j: any complex-linear mix of pairs of one frequency commutes with RoPE.
+    """
+
+    cost: Float[Tensor, " C"]
+    pair: tuple[int, ...]
+    analysis: Complex[Tensor, "C G"]
+    synthesis: Complex[Tensor, "C G"]
+
+    def first(self, pairs: tuple[int, ...]) -> "Components":
+        """The same components with the best ones of the given frequencies first."""
+        left: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.pair):
+            left.setdefault(pair, []).append(index)
+        chosen = [left[pair].pop(0) for pair in pairs]
+        order = chosen + sorted(index for rest in left.values() for index in rest)
+        return Components(
+            self.cost[order],
+            tuple(self.pair[index] for index in order),
+            self.analysis[order],
+            self.synthesis[order],
+        )
+
+
+def shared_rope_pairs(layers: Sequence[Components], count: int) -> tuple[int, ...]:
+    """The frequencies of the `count` components that are worth most over all layers together.
+
+    A layer's costs count as shares of its own total, so that no layer decides alone. Stock classes
+    hold one list of frequencies for the whole model.
+    """
+    worth: dict[tuple[int, int], float] = {}
+    for components in layers:
+        seen: dict[int, int] = {}
+        for cost, pair in zip(components.cost.tolist(), components.pair, strict=True):
+            place = seen[pair] = seen.get(pair, -1) + 1
+            share = cost / max(float(components.cost.sum()), 1e-300)
+            worth[pair, place] = worth.get((pair, place), 0.0) + share
+    ranked = sorted(worth, key=lambda key: (-worth[key], key))
+    return tuple(sorted(pair for pair, _ in ranked[:count]))
+
+
+def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
+    """Eigenvectors, per frequency, of the keys' moment weighted by what losing RoPE would cost.
+
+    The score error of a pair without rotation but with the best constant is |q|^2 |k|^2
+    (1 - |mu|^2) under J, so with D_g the sum of E|q_hf|^2 (1 - |mu_hf|^2) over the group's heads,
+    the eigenvalues of D^1/2 E[k_f k_f^H] D^1/2 are the costs themselves.
+    """
+    groups = maps.kv_heads
+    keys = _complex(_augmented(maps.k, maps.k_bias))  # [G, P, D + 1]
+    moment = moments.inputs.to(keys.dtype)
+    loss = (1 - moments.mean_phase.abs().square()).clamp_min(LEAST_REMOVAL)
+    weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
+    weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
+    found = []
+    for pair in range(keys.shape[1]):
+        k, d = keys[:, pair], weight[:, pair]
+        values, vectors = torch.linalg.eigh(d[:, None] * (k @ moment @ k.mH) * d)
+        for j in range(groups):
+            u = vectors[:, j]
+            u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
+            found.append((float(values[j]), pair, u.conj() * d, u / d))
+    found.sort(key=lambda item: (-item[0], item[1]))
+    cost, pairs, analysis, synthesis = zip(*found, strict=True)
+    return Components(
+        torch.tensor(cost).clamp_min(0), pairs, torch.stack(analysis), torch.stack(synthesis)
+    )
+
+
+def split_rope(
+    maps: AttentionMaps, moments: PhaseMoments, components: Components, count: int
+) -> RopeSplit:
+    """Keeps the rotation of the first `count` components and removes the others'."""
+    groups, repeats, half = maps.kv_heads, maps.repeats, maps.qk_dim // 2
+    keys = _complex(_augmented(maps.k, maps.k_bias))
+    queries = _complex(_augmented(maps.q, maps.q_bias))
+    rest = keys.clone()
+    k_rope, q_rope = [], []
+    for j in range(count):
+        pair, synthesis = components.pair[j], components.synthesis[j]
+        z = components.analysis[j] @ keys[:, pair]
+        rest[:, pair] -= synthesis[:, None] * z
+        k_rope.append(z)
+        q_rope.append(queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None])
+    # A frequency of which every component is kept leaves nothing but rounding.
+    kept = torch.bincount(torch.tensor(components.pair[:count], dtype=torch.long), minlength=half)
+    rest[:, kept == groups] = 0
+    empty = keys.new_zeros(0, keys.shape[-1])
+    k_rot = _real(torch.stack(k_rope) if k_rope else empty)
+    q_rot = _real(torch.stack(q_rope, 1) if q_rope else empty.expand(maps.heads, 0, -1))
+    q_nope, q_nope_bias = position_free_queries(maps, moments)
+    has_q, has_k = maps.q_bias is not None, maps.k_bias is not None
+    return RopeSplit(
+        q_rope=q_rot[..., :-1],
+        k_rope=k_rot[..., :-1],
+        q_nope=q_nope,
+        k_nope=_real(rest)[..., :-1],  # its bias shifts all scores of a query alike: no effect
+        rope_pairs=components.pair[:count],
+        removed=float(components.cost[count:].sum()),
+        q_rope_bias=q_rot[..., -1] if has_q else None,
+        k_rope_bias=k_rot[..., -1] if has_k else None,
+        q_nope_bias=q_nope_bias,
+    )
+
+
+def position_free_queries(
+    maps: AttentionMaps, moments: PhaseMoments
+) -> tuple[Float[Tensor, "H E D"], Float[Tensor, "H E"] | None]:
+    """Queries that meet keys without RoPE: every pair times its mean phase."""
+    queries = _complex(_augmented(maps.q, maps.q_bias))
+    free = _real(queries * moments.mean_phase.to(queries.dtype)[..., None])
+    return free[..., :-1], None if maps.q_bias is None else free[..., -1]
+
+
+def output_bias(
+    maps: AttentionMaps, values: Float[Tensor, "G V D"], mean: Float[Tensor, " D"]
+) -> Float[Tensor, " D"]:
+    """Softmax weights sum to 1, so what is constant in the values passes straight to the output."""
+    constant = (maps.v - values) @ mean
+    if maps.v_bias is not None:
+        constant = constant + maps.v_bias
+    bias = torch.einsum("dhv,hv->d", maps.o, constant.repeat_interleave(maps.repeats, 0))
+    return bias if maps.o_bias is None else bias + maps.o_bias
+
+
+def half_layout(nope: int, count: int) -> list[int]:
+    """Order that turns [nope | real | imaginary] into [all real parts | all imaginary parts]."""
+    half = nope // 2
+    real, imaginary = range(nope, nope + count), range(nope + count, nope + 2 * count)
+    return [*range(half), *real, *range(half, nope), *imaginary]
+
+
+def _augmented(weight: Float[Tensor, "H E D"], bias: Float[Tensor, "H E"] | None) -> Tensor:
+    """The map as one of [x, 1]."""
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    return torch.cat([weight, bias[..., None]], dim=-1)
+
+
+def _complex(weight: Float[Tensor, "*H E D"]) -> Complex[Tensor, "*H P D"]:
+    return torch.complex(*(part.contiguous() for part in weight.chunk(2, dim=-2)))
+
+
+def _real(weight: Complex[Tensor, "*H P D"]) -> Float[Tensor, "*H E D"]:
+    return torch.cat([weight.real, weight.imag], dim=-2)

@@ -1,0 +1,378 @@
+"""The forms as a conversion wants them: what a cache may hold, and how a layer is built from it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .. import modeling
+from .budget import Budget
+from .errors import InputError
+from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
+from .maps import AttentionMaps
+from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
+from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
+from .plan import TRIED_SPLITS, LayerDims, split_width
+from .recipe import LayerReport, Recipe
+from .rope_split import rope_components, shared_rope_pairs
+
+ROPES = ("decoupled", "on-read")
+# Attention may grow in parameters by this before MFA's dims have to be asked for.
+MOST_GROWTH = 4
+
+
+class Dims(Protocol):
+    """One layer's dims: numbers cached per token, and their names in a config."""
+
+    @property
+    def width(self) -> int: ...
+
+    def named(self) -> dict[str, int]: ...
+
+
+class Target(ABC):
+    """What a model is converted to.
+
+    Args:
+        title: the form's full name.
+        options: the recipe's fields that only some forms know, of which this one does.
+        default_budget: the share of the source's cache that is kept when nothing is said.
+        stock: the family's own class holds it.
+        source: numbers the source caches per token and layer.
+        width: mean width of the converted cache.
+        least, most: the narrowest and the widest cache of a layer.
+        splits: the shares of a layer's width that are tried as rotated dims.
+        fixed: the dims of every layer where nothing is left to choose.
+        refits: whether the closed form's output map is fitted once more.
+    """
+
+    title: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
+    default_budget: ClassVar[float] = 0.5
+    stock: ClassVar[bool] = False
+    splits: Sequence[float] = (0.0,)
+    fixed: Sequence[Dims] | None = None
+    refits: bool = True
+    source: int
+    width: int
+    least: int
+    most: int
+
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        self.config, self.recipe = config, recipe
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.keys = self.kv_heads * self.head_dim
+        self.source = 2 * self.keys
+        self.width = int(recipe.kv_budget * self.source + 1e-9)
+
+    @abstractmethod
+    def dims(self, width: int, share: float) -> Dims:
+        """A cache of at most this width, about `share` of it rotated."""
+
+    @abstractmethod
+    def moments(
+        self, maps: AttentionMaps, x: Float[Tensor, "N T D"], generator: torch.Generator
+    ) -> Any:
+        """What calibration inputs say about a layer."""
+
+    @abstractmethod
+    def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
+        """The closed form of one layer for any dims."""
+
+    def finish(
+        self, form: Any, x: Float[Tensor, "N T D"], error: float, generator: torch.Generator
+    ) -> Any:
+        """The closed form with what its dims do not decide."""
+        return form
+
+    def named(self, form: Any, dims: Dims) -> dict[str, int]:
+        """A finished layer's dims by name, with those chosen while it was built."""
+        return dims.named()
+
+    def shared(self, dims: list[Any], layers: Sequence[tuple[AttentionMaps, Any]]) -> list[Any]:
+        """The dims with what all layers must have in common."""
+        return dims
+
+    @abstractmethod
+    def config_of(self, layers: Sequence[LayerReport], fields: dict[str, Any]) -> PretrainedConfig:
+        """The converted model's config, from the source's fields."""
+
+    def _too_small(self) -> InputError:
+        return InputError(
+            f"--kv-budget {self.recipe.kv_budget:.2%} leaves {self.width} of the {self.source} "
+            "numbers cached per token and layer. Give a larger one."
+        )
+
+
+class MLATarget(Target):
+    title = "multi-head latent attention (MLA)"
+    options = frozenset({"kv_lora_rank", "qk_rope_head_dim", "q_lora_rank"})
+
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        super().__init__(config, recipe)
+        self.on_read = recipe.rope == "on-read"
+        if recipe.native and self.on_read:
+            raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
+        self.budget = Budget.of(config, recipe)
+        self.width, self.fixed = self.budget.width, self.budget.fixed
+        self.least = 1 if self.on_read else 3
+        self.most = self.budget.rank if self.on_read else self.source
+        self.splits = (0.0,) if self.on_read else TRIED_SPLITS
+
+    def dims(self, width: int, share: float) -> LayerDims:
+        return split_width(width, share, self.budget.rotatable, self.budget.rank)
+
+    def moments(self, maps, x, generator) -> MLAMoments:
+        return mla_moments(maps, x, generator, self.on_read)
+
+    def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
+        return mla_builder(maps, moments)
+
+    def finish(self, form: MLA, x, error, generator) -> MLA:
+        if self.recipe.q_lora_rank is None:
+            return form
+        return with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
+
+    def shared(self, dims, layers) -> list[LayerDims]:
+        if not self.recipe.native:
+            return dims
+        ranked = [rope_components(maps, moments.phases) for maps, moments in layers]
+        pairs = shared_rope_pairs(ranked, dims[0].qk_rope_head_dim // 2)
+        return [replace(dim, rope_pairs=pairs) for dim in dims]
+
+    def config_of(self, layers, fields) -> PretrainedConfig:
+        config_class, _, causal_lm = modeling.MLA_CLASSES[self.config.model_type]
+        return config_class(
+            **_without_windows(fields),
+            **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
+            qk_nope_head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            q_lora_rank=self.recipe.q_lora_rank,
+            rope_pairs=None if self.on_read else [list(layer.rope_pairs) for layer in layers],
+            rope_on_read=self.on_read,
+            architectures=[causal_lm.__name__],
+        )
+
+
+@dataclass(frozen=True)
+class GQADims:
+    """Every layer's KV heads, and the numbers they cache together."""
+
+    num_key_value_heads: int
+    width: int
+
+    def named(self) -> dict[str, int]:
+        return {"num_key_value_heads": self.num_key_value_heads}
+
+
+class GQATarget(Target):
+    title = "grouped-query attention (GQA)"
+    options = frozenset({"num_key_value_heads", "pooling"})
+    stock = True
+
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        super().__init__(config, recipe)
+        if recipe.pooling not in (None, *POOLINGS):
+            raise InputError(f"--pooling {recipe.pooling} is unknown. Use {' or '.join(POOLINGS)}.")
+        divisors = [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
+        count = self._count(divisors)
+        if count not in divisors:
+            raise InputError(
+                f"--num-key-value-heads {count} does not divide the source's {self.kv_heads} KV "
+                f"heads. Use one of {', '.join(map(str, divisors))}."
+            )
+        self.width = self.source // self.kv_heads * count
+        self.least = self.most = self.width
+        # Asked for by name, the mean of the GQA paper is what it is there.
+        self.refits = recipe.pooling != "mean" or bool(recipe.heal)
+        self.fixed = [GQADims(count, self.width)] * config.num_hidden_layers
+
+    def _count(self, divisors: list[int]) -> int:
+        if self.recipe.num_key_value_heads is not None:
+            return self.recipe.num_key_value_heads
+        within = [n for n in divisors if n * 2 * self.head_dim <= self.width]
+        if not within:
+            raise InputError(
+                f"--kv-budget {self.recipe.kv_budget:.2%} is less than one of the source's "
+                f"{self.kv_heads} KV heads, {1 / self.kv_heads:.2%}. Give at least that, or use "
+                "--to mla, which can go below."
+            )
+        return max(within)
+
+    def dims(self, width: int, share: float) -> GQADims:
+        return GQADims(width * self.kv_heads // self.source, width)
+
+    def moments(self, maps, x, generator) -> GQAMoments | None:
+        # What is pooled by the mean, or left as it is, asks no text.
+        asks = self.recipe.pooling != "mean" and self.width < self.source
+        return gqa_moments(maps, x, generator) if asks else None
+
+    def builder(self, maps: AttentionMaps, moments: GQAMoments | None) -> Callable[[GQADims], GQA]:
+        pooling = self.recipe.pooling or POOLINGS[0]
+        return lambda dims: to_gqa(maps, moments, dims.num_key_value_heads, pooling)
+
+    def config_of(self, layers, fields) -> PretrainedConfig:
+        """The family's own class, that any engine loads."""
+        # The stock class has one flag for biases, and the form has them where the source does.
+        fields = {k: v for k, v in fields.items() if k not in ("q_bias", "k_bias", "o_bias")}
+        fields.pop("v_bias", None)
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
+        return type(self.config)(**fields | layers[0].dims, architectures=[name])
+
+
+class MQATarget(GQATarget):
+    title = "multi-query attention (MQA)"
+    options = frozenset({"pooling"})
+    default_budget = 1.0
+
+    def _count(self, divisors: list[int]) -> int:
+        super()._count(divisors)  # a budget that was given must have room for one head
+        return 1
+
+
+class MFATarget(Target):
+    title = "multi-matrix factorization attention (MFA)"
+    options = frozenset({"head_dim", "share_q_dim", "qk_rope_head_dim"})
+    key_reuse = False
+    splits: Sequence[float] = (0.4, 0.6, 0.8)
+
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        super().__init__(config, recipe)
+        self.caches = 1 if self.key_reuse else 2  # heads of width C
+        self.least, self.most = 2 * self.caches, self._widest()
+        head_dim, rotated = recipe.head_dim, recipe.qk_rope_head_dim
+        if head_dim is None:
+            head_dim = min(self.width, self.most) // (2 * self.caches) * 2
+            if head_dim < 2:
+                raise self._too_small()
+            self._check_growth(head_dim)
+        elif head_dim % 2 or not 2 <= head_dim <= self.most // self.caches:
+            raise InputError(
+                f"--head-dim {head_dim} must be even, at least 2 and at most "
+                f"{self.most // self.caches}, beyond which nothing is gained."
+            )
+        self.width = self.caches * head_dim
+        if rotated is not None and (rotated % 2 or not 0 <= rotated <= min(head_dim, self.keys)):
+            raise InputError(
+                f"--qk-rope-head-dim {rotated} must be even and at most "
+                f"{min(head_dim, self.keys)}, the width of the key head."
+            )
+        if rotated is not None:
+            self.splits = (rotated / head_dim,)
+        if self.width >= self.most:
+            self.fixed = [self.dims(self.most, 1.0)] * config.num_hidden_layers
+        elif recipe.head_dim is not None and rotated is not None:
+            fixed = MFADims(head_dim, rotated, self.key_reuse)
+            self.fixed = [fixed] * config.num_hidden_layers
+
+    def _widest(self) -> int:
+        """From here on nothing is lost: all keys rotated, and all values."""
+        return 2 * self.keys
+
+    def _check_growth(self, head_dim: int) -> None:
+        hidden = self.config.hidden_size
+        before = 2 * hidden * (self.heads * self.head_dim + self.keys)
+        after = 2 * hidden * self.heads * head_dim + hidden * head_dim * self.caches
+        if after > MOST_GROWTH * before:
+            raise InputError(
+                f"--kv-budget {self.recipe.kv_budget:.2%} makes heads of width {head_dim}, and "
+                f"attention {after / before:.1f} times as large ({self.heads} heads read all of "
+                f"it). Give a smaller budget, or --head-dim {head_dim} to have it all the same."
+            )
+
+    def dims(self, width: int, share: float) -> MFADims:
+        head_dim = min(width, self.most) // (2 * self.caches) * 2
+        rotated = min(2 * round(share * head_dim / 2), self.keys, head_dim)
+        return MFADims(head_dim, rotated, self.key_reuse)
+
+    def moments(self, maps, x, generator) -> MLAMoments:
+        return mfa_moments(maps, x, generator)
+
+    def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims], MFA]:
+        return mfa_builder(maps, moments)
+
+    def finish(self, form: MFA, x, error, generator) -> MFA:
+        wanted = self.recipe.share_q_dim
+        return with_shared_queries(form, x, generator, share_q_dim=wanted, error=error)
+
+    def named(self, form: MFA, dims: Dims) -> dict[str, int]:
+        return dims.named() | {"share_q_dim": form.share_q_dim}
+
+    def config_of(self, layers, fields) -> PretrainedConfig:
+        config_class, _, causal_lm = modeling.MFA_CLASSES[self.config.model_type]
+        names = {"head_dim": "mfa_head_dim", "qk_rope_head_dim": None, "share_q_dim": None}
+        return config_class(
+            **_without_windows(fields),
+            **_per_layer(layers, names),
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
+            key_reuse=self.key_reuse,
+            architectures=[causal_lm.__name__],
+        )
+
+
+class MFAKRTarget(MFATarget):
+    title = "multi-matrix factorization attention with key reuse (MFA-KR)"
+    key_reuse = True
+    splits = TRIED_SPLITS
+
+    def _widest(self) -> int:
+        """All keys rotated, and as many directions for the values, or for the whole input."""
+        return min(2 * self.keys, self.keys + self.config.hidden_size)
+
+
+TARGETS: dict[str, type[Target]] = {
+    "gqa": GQATarget,
+    "mqa": MQATarget,
+    "mla": MLATarget,
+    "mfa": MFATarget,
+    "mfa-kr": MFAKRTarget,
+}
+
+
+def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
+    """The recipe's form for this model.
+
+    Raises:
+        InputError: the form does not know one of the recipe's options, or they cannot be met.
+    """
+    target = TARGETS[recipe.form]
+    known = frozenset().union(*(t.options for t in TARGETS.values()))
+    for name in sorted(known - target.options):
+        if getattr(recipe, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            forms = ", ".join(form for form, t in TARGETS.items() if name in t.options)
+            raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to {forms}.")
+    if recipe.form != "mla" and (recipe.native or recipe.rope != "decoupled"):
+        flag = "--native" if recipe.native else f"--rope {recipe.rope}"
+        raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
+    return target(config, recipe)
+
+
+def _without_windows(fields: dict[str, Any]) -> dict[str, Any]:
+    """A window that is never in use is not carried, for the classes refuse all of them."""
+    off = {"sliding_window": None, "use_sliding_window": False}
+    return fields | {name: value for name, value in off.items() if name in fields}
+
+
+def _per_layer(
+    layers: Sequence[LayerReport], names: dict[str, str | None]
+) -> dict[str, int | list[int] | None]:
+    """Each of the layers' dims as the largest and, where they differ, a list.
+
+    Args:
+        names: a dim's name -> its name in the config, None for the same.
+    """
+    fields: dict[str, int | list[int] | None] = {}
+    for dim, name in names.items():
+        values = [layer.dims[dim] for layer in layers]
+        fields[name or dim] = max(values)
+        fields[f"{name or dim}_per_layer"] = None if len(set(values)) == 1 else values
+    return fields
