@@ -10,6 +10,7 @@ different texts.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from rehead.evaluation import kv_bytes_per_token, load_model, load_tokenizer, pe
 RESULTS = Path(__file__).parent / "results"
 # Measured from the peers' own code on the same model, texts and windows (no training).
 TRANSMLA = {75: 24.02, 50: 31.24, 33: 47.07, 25: 67.86, 12.5: 186.6}
+PLOTTED = [("mla", "decoupled"), ("mla", "on-read"), ("mfa-kr", ""), ("mfa", ""), ("gqa", "")]
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -41,7 +43,8 @@ def run(
     heal: int | None = None,
     window: int = 1024,
     count: int = 16,
-    label: str = "",
+    label: Annotated[str, typer.Option(help="Sets these figures apart from others.")] = "",
+    options: Annotated[str, typer.Option(help="More options of convert, in one string.")] = "",
 ) -> None:
     """Measures what is not in the results yet."""
     rows = _read(name)
@@ -58,7 +61,7 @@ def run(
                 "windows": [count, window],
             }
         )
-        _write(name, rows)
+        _append(name, rows[-1])
     wanted = [
         (form, rope if form == "mla" else "", float(budget))
         for form in forms.split(",")
@@ -71,7 +74,7 @@ def run(
             continue
         with tempfile.TemporaryDirectory() as folder:
             done = _convert(
-                model, form, Path(folder) / "converted", budget, calibration, heal, rope
+                model, form, Path(folder) / "converted", budget, calibration, heal, rope, options
             )
             converted = load_model(done["output"], dtype="float32")
             rows.append(
@@ -87,7 +90,7 @@ def run(
                     "peak_rss_gb": round(done["peak_rss_bytes"] / 1e9, 2),
                 }
             )
-        _write(name, rows)
+        _append(name, rows[-1])
         print(json.dumps(rows[-1]), flush=True)
 
 
@@ -99,6 +102,7 @@ def _convert(
     calibration: str,
     heal: int | None,
     rope: str,
+    options: str,
 ) -> dict:
     """What `convert --json` says; a process of its own, so that its peak memory is its own."""
     command = [str(Path(sys.executable).with_name("convert")), "--to", form, model, "--json"]
@@ -106,6 +110,7 @@ def _convert(
     command += ["--calibration", calibration]
     command += [] if heal is None else ["--heal", str(heal)]
     command += ["--rope", rope] if rope else []
+    command += shlex.split(options)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -143,19 +148,21 @@ def plot(name: str, output: Annotated[Path, typer.Option()]) -> None:
     rows = _read(name)
     original = next(row for row in rows if row["form"] == "original")["perplexity"]
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
-    axes.plot(TRANSMLA.keys(), TRANSMLA.values(), "x--", color="grey", label="TransMLA")
+    if name == "smollm2":
+        axes.plot(TRANSMLA.keys(), TRANSMLA.values(), "x--", color="grey", label="TransMLA")
     converted = [row for row in rows if row["form"] != "original" and not row["label"]]
-    for rope, colour in (("decoupled", "tab:blue"), ("on-read", "tab:orange")):
+    kinds = sorted({(row["form"], row["rope"]) for row in converted}, key=PLOTTED.index)
+    for number, (form, rope) in enumerate(kinds):
         for healed in (False, True):
             points = sorted(
                 (row["budget"], row["perplexity"])
                 for row in converted
-                if row["rope"] == rope and bool(row["steps"]) == healed
+                if (row["form"], row["rope"]) == (form, rope) and bool(row["steps"]) == healed
             )
             if points:
                 style = "o-" if healed else "o:"
-                label = f"rehead {rope}, {'healed' if healed else 'closed form alone'}"
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+                label = f"{form} {rope}".strip() + (", healed" if healed else ", closed form")
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.axhline(original, color="black", linewidth=0.8, label="original")
     axes.set(yscale="log", xlabel="KV cache kept, %", ylabel="perplexity")
     axes.legend()
@@ -169,8 +176,10 @@ def _read(name: str) -> list[dict]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def _write(name: str, rows: list[dict]) -> None:
+def _append(name: str, row: dict) -> None:
+    """Reads the file again: another run may have added to it."""
     RESULTS.mkdir(exist_ok=True)
+    rows = [*_read(name), row]
     (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
