@@ -121,7 +121,6 @@ def convert(
     cast, where = target_dtype(dtype, source), target_device(device)
     tokens = calibration_tokens(source, recipe, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
-    target.recipe = recipe
     job = Job(source, family, recipe, target, where, progress or _silent)
 
     def result(folder: Path | None, widths: list[int], layers: list[LayerReport]) -> Conversion:
@@ -158,7 +157,7 @@ def convert(
             output, force=force, expected_bytes=source.bytes, protect=source.path
         ) as writer:
             layers, biases = job.write(tokens, dims, work, writer, cast)
-            config = converted_config(target, layers, biases, cast)
+            config = converted_config(target, recipe, layers, biases, cast)
             config.save_pretrained(writer.folder)
             copy_side_files(source, writer.folder)
             card = model_card(result(output, widths, layers), source.config)
@@ -171,13 +170,17 @@ def _silent(stage: str, done: int, total: int, info: dict[str, Any]) -> None:
 
 
 def converted_config(
-    target: Target, layers: list[LayerReport], biases: dict[str, bool], dtype: torch.dtype
+    target: Target,
+    recipe: Recipe,
+    layers: list[LayerReport],
+    biases: dict[str, bool],
+    dtype: torch.dtype,
 ) -> PretrainedConfig:
     """The converted model's config: the source's, the form's fields and the recipe."""
     source = target.config
     own = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
     fields = {k: v for k, v in source.to_dict().items() if k not in (*own, "dtype", "torch_dtype")}
-    conversion = asdict(target.recipe) | {
+    conversion = asdict(recipe) | {
         "rehead_version": version("rehead"),
         "layer_errors": [layer.error for layer in layers],
     }

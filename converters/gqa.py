@@ -34,7 +34,7 @@ from .calibration import (
 from .errors import InputError
 from .grouping import Group, best_partition
 from .lowrank import weighted_svd
-from .maps import AttentionMaps, position_angles, rotate
+from .maps import AttentionMaps, augmented, position_angles, rotate
 from .shared_key import KeyProblem, commuting_moment, shared_key
 
 POOLINGS = ("aligned", "mean")
@@ -240,8 +240,8 @@ def merge_values(maps: AttentionMaps, moments: GQAMoments, group: Group) -> Merg
 def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ...]) -> GQA:
     """The layer with every group of source KV heads merged, its query heads side by side."""
     by_kv_head = (maps.kv_heads, maps.repeats)
-    source_queries = _augmented(maps.q, maps.q_bias).unflatten(0, by_kv_head)  # [G, R, E, D1]
-    source_keys = _augmented(maps.k, maps.k_bias)  # [G, E, D1]
+    source_queries = augmented(maps.q, maps.q_bias).unflatten(0, by_kv_head)  # [G, R, E, D1]
+    source_keys = augmented(maps.k, maps.k_bias)  # [G, E, D1]
     outputs = maps.o.unflatten(1, by_kv_head)  # [D, G, R, V]
     problem = key_problem(maps, moments)
     q, k, v, o = [], [], [], []
@@ -283,7 +283,7 @@ def _with_constants(gqa: GQA, maps: AttentionMaps, mean: Float[Tensor, " D"]) ->
 
 
 def _constant_output(maps: AttentionMaps, mean: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    values = _augmented(maps.v, maps.v_bias) @ torch.cat([mean, mean.new_ones(1)])
+    values = augmented(maps.v, maps.v_bias) @ torch.cat([mean, mean.new_ones(1)])
     return torch.einsum("dhv,hv->d", maps.o, values.repeat_interleave(maps.repeats, 0))
 
 
@@ -303,7 +303,7 @@ def _value_problem(
 
 def key_problem(maps: AttentionMaps, moments: GQAMoments) -> KeyProblem:
     """What a key shared by all heads would have to serve; groups are parts of it."""
-    stacked = _augmented(maps.k, maps.k_bias).flatten(0, 1)
+    stacked = augmented(maps.k, maps.k_bias).flatten(0, 1)
     second = stacked @ moments.key_inputs @ stacked.mT
     return KeyProblem.of(second, moments.queries, moments.lags, maps.inv_freq)
 
@@ -344,9 +344,3 @@ def merging_cost(maps: AttentionMaps, moments: GQAMoments) -> Callable[[Group], 
 def _rows_of(group: Group, width: int) -> list[int]:
     """Rows of the group's heads in the stacked maps."""
     return [head * width + row for head in group for row in range(width)]
-
-
-def _augmented(weight: Float[Tensor, "H E D"], bias: Float[Tensor, "H E"] | None) -> Tensor:
-    """The map as one of [x, 1]."""
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return torch.cat([weight, bias[..., None]], dim=-1)

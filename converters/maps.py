@@ -112,6 +112,14 @@ def project(
     return y.unflatten(-1, weight.shape[:2])
 
 
+def augmented(
+    weight: Float[Tensor, "H E D"], bias: Float[Tensor, "H E"] | None
+) -> Float[Tensor, "H E D1"]:
+    """The map as one of [x, 1]."""
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    return torch.cat([weight, bias[..., None]], dim=-1)
+
+
 def rotate(
     x: Float[Tensor, "*batch E"], angles: Float[Tensor, "*angle_batch P"]
 ) -> Float[Tensor, "*batch E"]:

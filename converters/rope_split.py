@@ -12,7 +12,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .calibration import PhaseMoments
-from .maps import AttentionMaps
+from .maps import AttentionMaps, augmented
 
 # A pair that loses nothing without RoPE still needs a nonzero weight to be decomposed.
 LEAST_REMOVAL = 1e-4
@@ -94,7 +94,7 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     the eigenvalues of D^1/2 E[k_f k_f^H] D^1/2 are the costs themselves.
     """
     groups = maps.kv_heads
-    keys = _complex(_augmented(maps.k, maps.k_bias))  # [G, P, D + 1]
+    keys = _complex(augmented(maps.k, maps.k_bias))  # [G, P, D + 1]
     moment = moments.inputs.to(keys.dtype)
     loss = (1 - moments.mean_phase.abs().square()).clamp_min(LEAST_REMOVAL)
     weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
@@ -119,8 +119,8 @@ def split_rope(
 ) -> RopeSplit:
     """Keeps the rotation of the first `count` components and removes the others'."""
     groups, repeats, half = maps.kv_heads, maps.repeats, maps.qk_dim // 2
-    keys = _complex(_augmented(maps.k, maps.k_bias))
-    queries = _complex(_augmented(maps.q, maps.q_bias))
+    keys = _complex(augmented(maps.k, maps.k_bias))
+    queries = _complex(augmented(maps.q, maps.q_bias))
     rest = keys.clone()
     k_rope, q_rope = [], []
     for j in range(count):
@@ -154,7 +154,7 @@ def position_free_queries(
     maps: AttentionMaps, moments: PhaseMoments
 ) -> tuple[Float[Tensor, "H E D"], Float[Tensor, "H E"] | None]:
     """Queries that meet keys without RoPE: every pair times its mean phase."""
-    queries = _complex(_augmented(maps.q, maps.q_bias))
+    queries = _complex(augmented(maps.q, maps.q_bias))
     free = _real(queries * moments.mean_phase.to(queries.dtype)[..., None])
     return free[..., :-1], None if maps.q_bias is None else free[..., -1]
 
@@ -175,12 +175,6 @@ def half_layout(nope: int, count: int) -> list[int]:
     half = nope // 2
     real, imaginary = range(nope, nope + count), range(nope + count, nope + 2 * count)
     return [*range(half), *real, *range(half, nope), *imaginary]
-
-
-def _augmented(weight: Float[Tensor, "H E D"], bias: Float[Tensor, "H E"] | None) -> Tensor:
-    """The map as one of [x, 1]."""
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return torch.cat([weight, bias[..., None]], dim=-1)
 
 
 def _complex(weight: Float[Tensor, "*H E D"]) -> Complex[Tensor, "*H P D"]:
