@@ -30,3 +30,7 @@ class Activations:
 
     def __getitem__(self, rows: slice) -> "Activations":
         return Activations(self.x[rows], self.y[rows], self.weights[rows])
+
+    def until(self, tokens: int) -> "Activations":
+        """The start of every sequence, which causal attention computes by itself."""
+        return Activations(self.x[:, :tokens], self.y[:, :tokens], self.weights[:, :tokens])

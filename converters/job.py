@@ -25,8 +25,9 @@ from .writer import Writer
 
 # The first so many sequences are surveyed; what is fitted beyond the closed form sees them all.
 SURVEY_SEQUENCES = 12
-# So many are enough to compare dims by.
+# So many, and so many tokens of each, are enough to compare dims by.
 REFIT_SEQUENCES = 4
+COMPARED_TOKENS = 512
 # The last so many of either are held out: they measure errors.
 MEASURE_SEQUENCES = 4
 # A layer whose relative error is below this is left as it is: what fitting sees of it may be the
@@ -55,7 +56,8 @@ class Job:
 
     def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
         """Every layer's moments, kept in `work`, and the dims the budget buys."""
-        stream = LayerStream(self.source, self.family, tokens[:SURVEY_SEQUENCES], self.device)
+        # What moments and choices take from the text is coarser than bfloat16.
+        stream = self._stream(tokens[:SURVEY_SEQUENCES], has_fast_bfloat16(self.device))
         curves, shares = [], []
         for layer in range(self.layers):
             file = work / f"moments-{layer:04d}.pt"
@@ -87,7 +89,8 @@ class Job:
         The output map mends much of what lost rotations cost and less of what lost rank does.
         """
         target, build = self.target, self.target.builder(maps, moments)
-        few = fitting[:REFIT_SEQUENCES]
+        few = fitting[:REFIT_SEQUENCES].until(COMPARED_TOKENS)
+        measured = measured.until(COMPARED_TOKENS)
 
         def error(width: int, share: float) -> float:
             form = build(target.dims(width, share))
@@ -127,7 +130,7 @@ class Job:
         """
         # Healing reads much text; the noise of bfloat16 is far below the errors it mends.
         low_precision = bool(self.recipe.heal) and has_fast_bfloat16(self.device)
-        stream = LayerStream(self.source, self.family, tokens, self.device, low_precision)
+        stream = self._stream(tokens, low_precision)
         stage = "heal" if self.recipe.heal else "factorise"
         reports, biases = [], {}
         for layer, dim in enumerate(dims):
@@ -180,6 +183,9 @@ class Job:
         fitted = refit_output(fitted, fitting)
         error = output_error(fitted, measured).relative
         return (fitted, closed, error) if error < closed else (form, closed, closed)
+
+    def _stream(self, tokens: Tensor, low_precision: bool) -> LayerStream:
+        return LayerStream(self.source, self.family, tokens, self.device, low_precision)
 
     def _generator(self, layer: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
