@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .. import modeling
 from .budget import Budget
 from .errors import InputError
+from .families import FAMILIES, head_dim, kv_heads
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
 from .maps import AttentionMaps
 from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
@@ -45,6 +46,7 @@ class Target(ABC):
         default_budget: the share of the source's cache that is kept when nothing is said.
         stock: the family's own class holds it.
         source: numbers the source caches per token and layer.
+        keys, rotatable: how many of them are keys', and how many of those are rotated.
         width: mean width of the converted cache.
         least, most: the narrowest and the widest cache of a layer.
         splits: the shares of a layer's width that are tried as rotated dims.
@@ -67,9 +69,9 @@ class Target(ABC):
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         self.config, self.recipe = config, recipe
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
         self.keys = self.kv_heads * self.head_dim
+        self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
 
@@ -121,11 +123,16 @@ class MLATarget(Target):
         self.on_read = recipe.rope == "on-read"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
+        if self.on_read and not self.rotatable:
+            raise InputError(
+                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
+                "Leave out --rope on-read."
+            )
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
-        self.least = 1 if self.on_read else 3
-        self.most = self.budget.rank if self.on_read else self.source
-        self.splits = (0.0,) if self.on_read else TRIED_SPLITS
+        self.least = 3 if self.budget.rotatable else 1
+        self.most = self.budget.most
+        self.splits = TRIED_SPLITS if self.budget.rotatable else (0.0,)
 
     def dims(self, width: int, share: float) -> LayerDims:
         return split_width(width, share, self.budget.rotatable, self.budget.rank)
@@ -180,6 +187,11 @@ class GQATarget(Target):
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
+        if not hasattr(config, "num_key_value_heads"):
+            raise InputError(
+                f"transformers' own {config.model_type} class has a KV head for every query head, "
+                f"so it cannot hold {recipe.form}. Use --to mla or mfa."
+            )
         if recipe.pooling not in (None, *POOLINGS):
             raise InputError(f"--pooling {recipe.pooling} is unknown. Use {' or '.join(POOLINGS)}.")
         divisors = [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
@@ -260,13 +272,14 @@ class MFATarget(Target):
                 f"{self.most // self.caches}, beyond which nothing is gained."
             )
         self.width = self.caches * head_dim
-        if rotated is not None and (rotated % 2 or not 0 <= rotated <= min(head_dim, self.keys)):
+        most = min(head_dim, self.rotatable)
+        if rotated is not None and (rotated % 2 or not 0 <= rotated <= most):
             raise InputError(
-                f"--qk-rope-head-dim {rotated} must be even and at most "
-                f"{min(head_dim, self.keys)}, the width of the key head."
+                f"--qk-rope-head-dim {rotated} must be even and at most {most}, what may be "
+                "rotated of the key head."
             )
-        if rotated is not None:
-            self.splits = (rotated / head_dim,)
+        if not self.rotatable or rotated is not None:
+            self.splits = ((rotated or 0) / head_dim,)
         if self.width >= self.most:
             self.fixed = [self.dims(self.most, 1.0)] * config.num_hidden_layers
         elif recipe.head_dim is not None and rotated is not None:
@@ -274,8 +287,9 @@ class MFATarget(Target):
             self.fixed = [fixed] * config.num_hidden_layers
 
     def _widest(self) -> int:
-        """From here on nothing is lost: all keys rotated, and all values."""
-        return 2 * self.keys
+        """From here on nothing is lost: all that is rotated, all other keys, and all values."""
+        free = min(self.keys - self.rotatable, self.config.hidden_size)
+        return 2 * (self.rotatable + free + free % 2)
 
     def _check_growth(self, head_dim: int) -> None:
         hidden = self.config.hidden_size
@@ -290,7 +304,7 @@ class MFATarget(Target):
 
     def dims(self, width: int, share: float) -> MFADims:
         head_dim = min(width, self.most) // (2 * self.caches) * 2
-        rotated = min(2 * round(share * head_dim / 2), self.keys, head_dim)
+        rotated = min(2 * round(share * head_dim / 2), self.rotatable, head_dim)
         return MFADims(head_dim, rotated, self.key_reuse)
 
     def moments(self, maps, x, generator) -> MLAMoments:
@@ -324,8 +338,9 @@ class MFAKRTarget(MFATarget):
     splits = TRIED_SPLITS
 
     def _widest(self) -> int:
-        """All keys rotated, and as many directions for the values, or for the whole input."""
-        return min(2 * self.keys, self.keys + self.config.hidden_size)
+        """All that is rotated, and directions for the rest, or for the whole input."""
+        free = min(2 * self.keys - self.rotatable, self.config.hidden_size)
+        return self.rotatable + free + free % 2
 
 
 TARGETS: dict[str, type[Target]] = {

@@ -60,15 +60,12 @@ class SlotAngles:
         return self._tables[key]
 
 
-class SlotRotaryMixin(nn.Module):
-    """A family's rotary embedding that also hands its frequencies to the attention layers."""
+def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
+    """A forward hook on a family's rotary embedding: cos and sin, and its frequencies beside them.
 
-    inv_freq: torch.Tensor
-    attention_scaling: float
-
-    def forward(self, x, position_ids):
-        cos, sin = super().forward(x, position_ids)
-        return cos, sin, SlotAngles(self.inv_freq, self.attention_scaling)
+    They are those of this forward pass, where the RoPE type lets them change with the length.
+    """
+    return *output, SlotAngles(rotary.inv_freq, rotary.attention_scaling)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
