@@ -14,6 +14,16 @@ FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
+    "phi3": "Phi3",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "stablelm": "StableLm",
+    "phi": "Phi",
+    "gpt_neox": "GPTNeoX",
+    "olmo": "Olmo",
+    "gemma": "Gemma",
+    "gpt2": "GPT2",
+    "opt": "OPT",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

@@ -4,6 +4,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from .converted_attention import ConvertedAttention
@@ -64,3 +68,19 @@ class ConvertedForCausalLM(ConvertedModelMixin):
                 bias = module.bias is not None
                 setattr(self, name, nn.Linear(module.in_features, module.out_features, bias=bias))
         self.post_init()
+
+
+def keep_stored_names(source: str, *names: str):
+    """Have converted checkpoints read and written as transformers does those of the source.
+
+    Where a family's files name or split weights otherwise than its classes do, conversion leaves
+    what is not attention as it is stored.
+
+    Args:
+        source: a family's model_type, or the name of one of its classes.
+        names: the same of the converted family.
+    """
+    mapping = get_checkpoint_conversion_mapping(source)
+    if mapping is not None:
+        for name in names:
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)

@@ -51,13 +51,14 @@ class MFAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
+        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
         query = self.q_proj(hidden_states)
         if self.config.use_inter_norm:
             query = self.inter_norm(query)
@@ -69,9 +70,8 @@ class MFAAttention(ConvertedAttention):
             slots = torch.arange(length, device=hidden_states.device) + seen
             # Keys and values are read from the same rows, so the cache's values stay empty.
             latent, _ = past_key_values.update(key, key[..., :0], self.layer_idx)
-            output, weights = self._read(
-                query, latent, attention_mask, slots, position_embeddings[2], **kwargs
-            )
+            angles = position_embeddings[2] if self.qk_rope_head_dim else None
+            output, weights = self._read(query, latent, attention_mask, slots, angles, **kwargs)
             return self.o_proj(output.reshape(batch, length, -1)), weights
 
         value = self._value(key) if self.config.key_reuse else self.v_proj(hidden_states)[:, None]

@@ -52,13 +52,14 @@ class MLAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
+        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
@@ -79,9 +80,8 @@ class MLAAttention(ConvertedAttention):
             # The latent serves keys and values alike, so the cache's values stay empty.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
         if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
-            output, weights = self._absorbed(
-                query, cached, attention_mask, slots, position_embeddings[2]
-            )
+            angles = position_embeddings[2] if self.config.rope_on_read else None
+            output, weights = self._absorbed(query, cached, attention_mask, slots, angles)
         else:
             output, weights = self._expanded(
                 query, cached, attention_mask, slots, position_embeddings, **kwargs
