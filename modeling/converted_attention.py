@@ -3,6 +3,8 @@
 B batch, T query tokens, S tokens in the cache, H query heads, d_r width of the rotated dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -10,6 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .rope_slots import rotate
+
+# Position embeddings where layers are given none.
+NO_ROPE: Any = (None, None, None)
 
 
 class ConvertedAttention(nn.Module):

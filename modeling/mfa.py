@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .converted_attention import ConvertedAttention
+from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, shared_key_scores
 
 
@@ -51,7 +51,7 @@ class MFAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
@@ -70,8 +70,9 @@ class MFAAttention(ConvertedAttention):
             slots = torch.arange(length, device=hidden_states.device) + seen
             # Keys and values are read from the same rows, so the cache's values stay empty.
             latent, _ = past_key_values.update(key, key[..., :0], self.layer_idx)
-            angles = position_embeddings[2] if self.qk_rope_head_dim else None
-            output, weights = self._read(query, latent, attention_mask, slots, angles, **kwargs)
+            output, weights = self._read(
+                query, latent, attention_mask, slots, position_embeddings[2], **kwargs
+            )
             return self.o_proj(output.reshape(batch, length, -1)), weights
 
         value = self._value(key) if self.config.key_reuse else self.v_proj(hidden_states)[:, None]

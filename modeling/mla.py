@@ -7,7 +7,7 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 import torch
 from torch import nn
 
-from .converted_attention import ConvertedAttention
+from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate, slot_scores
 
 
@@ -52,7 +52,7 @@ class MLAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
@@ -80,8 +80,9 @@ class MLAAttention(ConvertedAttention):
             # The latent serves keys and values alike, so the cache's values stay empty.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
         if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
-            angles = position_embeddings[2] if self.config.rope_on_read else None
-            output, weights = self._absorbed(query, cached, attention_mask, slots, angles)
+            output, weights = self._absorbed(
+                query, cached, attention_mask, slots, position_embeddings[2]
+            )
         else:
             output, weights = self._expanded(
                 query, cached, attention_mask, slots, position_embeddings, **kwargs

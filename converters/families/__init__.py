@@ -132,15 +132,13 @@ _ALIBI = "adds biases by distance to its scores (ALiBi): not supported yet"
 REFUSED = {
     model_type: reason
     for reason, model_types in {
-        _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite kimi_k25 longcat_flash "
-        "minicpm3 youtu",
+        _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite longcat_flash minicpm3 youtu",
         _NO_SOFTMAX: "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 "
         "nemotron_h qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "cohere2 gemma3 gemma3_text glm4_moe hunyuan_v1_dense olmo2 olmo3 olmoe qwen3 "
-        "qwen3_moe",
+        _NORM: "flex_olmo gemma3 gemma3_text hunyuan_v1_dense olmo2 olmo3 olmoe qwen3 qwen3_moe",
         _ALIBI: "bloom mpt",
         "caps its scores (attn_logit_softcapping) and slides a window in every second layer: not "
         "supported yet": "gemma2",
