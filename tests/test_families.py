@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import sources
 import tiny
 import torch
 from layers import error, inputs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import positions_of, step_by_step
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -309,6 +310,31 @@ def test_checkpoints_carry_their_code(tmp_path):
     command = [sys.executable, "-c", REMOTE, *map(str, places)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@torch.no_grad()
+def test_checkpoints_as_they_were_published_are_read(family, saved, text, tmp_path):
+    """GPT-2's without the language model's prefix; and with the masks that old versions stored."""
+    folder, model = saved(family)
+    place = shutil.copytree(folder, tmp_path / "old")
+    state = load_file(place / "model.safetensors")
+    for layer in range(2):
+        prefix = FAMILIES[family].prefix(layer)
+        state[f"{prefix}bias"] = torch.ones(1, 1, 128, 128).tril()
+        state[f"{prefix}masked_bias"] = torch.tensor(-1e9)
+        if family == "gpt_neox":
+            state[f"{prefix}rotary_emb.inv_freq"] = torch.ones(2)
+    if family == "gpt2":
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        assert "wte.weight" in state
+    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    run(place, tmp_path / "out", text, kv_budget="100%")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert error(found(IDS).logits, model(IDS).logits) < 1e-5
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [name for name in names if name.endswith((".bias.bias", "masked_bias", "inv_freq"))]
+    assert {name.split(".")[0] for name in names} <= {model.base_model_prefix, "embed_out"}
 
 
 def test_every_family_has_classes_and_a_row_here():
