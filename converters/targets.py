@@ -57,7 +57,7 @@ class Target(ABC):
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
     default_budget: ClassVar[float] = 0.5
-    stock: ClassVar[bool] = False
+    stock: bool = False
     splits: Sequence[float] = (0.0,)
     fixed: Sequence[Dims] | None = None
     refits: bool = True
@@ -187,11 +187,7 @@ class GQATarget(Target):
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
-        if not hasattr(config, "num_key_value_heads"):
-            raise InputError(
-                f"transformers' own {config.model_type} class has a KV head for every query head, "
-                f"so it cannot hold {recipe.form}. Use --to mla or mfa."
-            )
+        self.stock = is_stock(recipe.form, config)
         if recipe.pooling not in (None, *POOLINGS):
             raise InputError(f"--pooling {recipe.pooling} is unknown. Use {' or '.join(POOLINGS)}.")
         divisors = [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
@@ -232,7 +228,10 @@ class GQATarget(Target):
         return lambda dims: to_gqa(maps, moments, dims.num_key_value_heads, pooling)
 
     def config_of(self, layers, fields) -> PretrainedConfig:
-        """The family's own class, that any engine loads."""
+        """The family's own class, that any engine loads, where it knows fewer KV heads."""
+        if not self.stock:
+            config_class, _, causal_lm = modeling.GQA_CLASSES[self.config.model_type]
+            return config_class(**fields | layers[0].dims, architectures=[causal_lm.__name__])
         # The stock class has one flag for biases, and the form has them where the source does.
         fields = {k: v for k, v in fields.items() if k not in ("q_bias", "k_bias", "o_bias")}
         fields.pop("v_bias", None)
@@ -350,6 +349,11 @@ TARGETS: dict[str, type[Target]] = {
     "mfa": MFATarget,
     "mfa-kr": MFAKRTarget,
 }
+
+
+def is_stock(form: str, config: PretrainedConfig) -> bool:
+    """Whether the family's own class holds a form."""
+    return TARGETS[form].stock and hasattr(config, "num_key_value_heads")
 
 
 def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:

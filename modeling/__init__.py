@@ -5,6 +5,7 @@ from importlib import import_module
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .gqa import GQAAttention
 from .mfa import MFAAttention
 from .mla import MLAAttention
 
@@ -34,6 +35,8 @@ def _classes(form: str) -> dict[str, Classes]:
     found = {}
     for family, prefix in FAMILIES.items():
         module = import_module(f".{family}", __name__)
+        if not hasattr(module, f"{prefix}{form}Config"):
+            continue  # GQA, where the family's own class can hold it
         config, model, causal_lm = (
             getattr(module, f"{prefix}{form}{kind}") for kind in ("Config", "Model", "ForCausalLM")
         )
@@ -43,10 +46,13 @@ def _classes(form: str) -> dict[str, Classes]:
 
 MLA_CLASSES = _classes("MLA")
 MFA_CLASSES = _classes("MFA")
+GQA_CLASSES = _classes("GQA")
+_ALL = (*MLA_CLASSES.values(), *MFA_CLASSES.values(), *GQA_CLASSES.values())
 
-__all__ = ["MFA_CLASSES", "MLA_CLASSES", "MFAAttention", "MLAAttention"]
+__all__ = ["GQA_CLASSES", "MFA_CLASSES", "MLA_CLASSES"]
+__all__ += ["GQAAttention", "MFAAttention", "MLAAttention"]
 
-for _config, _model, _causal_lm in (*MLA_CLASSES.values(), *MFA_CLASSES.values()):
+for _config, _model, _causal_lm in _ALL:
     for _class in (_config, _model, _causal_lm):
         globals()[_class.__name__] = _class
         __all__ += [_class.__name__]

@@ -11,12 +11,13 @@ from transformers.conversion_mapping import (
 from transformers.modeling_utils import PreTrainedModel
 
 from .converted_attention import ConvertedAttention
+from .gqa import GQAAttention
 from .mfa import MFAAttention
 from .mla import MLAAttention
 from .rope_slots import hand_over_angles
 
 # By the `form_name` of a config.
-ATTENTION = {"MFA": MFAAttention, "MLA": MLAAttention}
+ATTENTION = {"GQA": GQAAttention, "MFA": MFAAttention, "MLA": MLAAttention}
 
 
 class ConvertedModelMixin(PreTrainedModel):

@@ -5,6 +5,7 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
 from .converted_model import ConvertedForCausalLM, ConvertedModel
+from .gqa_config import GQAConfigMixin
 from .mfa_config import MFAConfigMixin
 from .mla_config import MLAConfigMixin
 
@@ -41,3 +42,20 @@ class GPT2MFAModel(ConvertedModel, GPT2Model):
 class GPT2MFAForCausalLM(ConvertedForCausalLM, GPT2LMHeadModel):
     config: GPT2MFAConfig
     model_class = GPT2MFAModel
+
+
+@strict
+class GPT2GQAConfig(GQAConfigMixin, GPT2Config):
+    model_type = "rehead_gpt2_gqa"
+    attention_name = "attn"
+    attribute_map = GPT2Config.attribute_map | {"attention_dropout": "attn_pdrop"}
+
+
+class GPT2GQAModel(ConvertedModel, GPT2Model):
+    config: GPT2GQAConfig
+    layers_name = "h"
+
+
+class GPT2GQAForCausalLM(ConvertedForCausalLM, GPT2LMHeadModel):
+    config: GPT2GQAConfig
+    model_class = GPT2GQAModel

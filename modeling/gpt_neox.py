@@ -5,6 +5,7 @@ from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXModel
 
 from .converted_model import ConvertedForCausalLM, ConvertedModel, keep_stored_names
+from .gqa_config import GQAConfigMixin
 from .mfa_config import MFAConfigMixin
 from .mla_config import MLAConfigMixin
 
@@ -41,4 +42,22 @@ class GPTNeoXMFAForCausalLM(ConvertedForCausalLM, GPTNeoXForCausalLM):
     model_class = GPTNeoXMFAModel
 
 
-keep_stored_names("GPTNeoXForCausalLM", "GPTNeoXMLAForCausalLM", "GPTNeoXMFAForCausalLM")
+@strict
+class GPTNeoXGQAConfig(GQAConfigMixin, GPTNeoXConfig):
+    model_type = "rehead_gpt_neox_gqa"
+    attention_name = "attention"
+    partial_rotary = True
+
+
+class GPTNeoXGQAModel(ConvertedModel, GPTNeoXModel):
+    config: GPTNeoXGQAConfig
+
+
+class GPTNeoXGQAForCausalLM(ConvertedForCausalLM, GPTNeoXForCausalLM):
+    config: GPTNeoXGQAConfig
+    model_class = GPTNeoXGQAModel
+
+
+keep_stored_names(
+    "GPTNeoXForCausalLM", *(f"GPTNeoX{form}ForCausalLM" for form in ("MLA", "MFA", "GQA"))
+)

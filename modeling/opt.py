@@ -5,6 +5,7 @@ from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoder, OPTForCausalLM, OPTModel
 
 from .converted_model import ConvertedForCausalLM, ConvertedModel
+from .gqa_config import GQAConfigMixin
 from .mfa_config import MFAConfigMixin
 from .mla_config import MLAConfigMixin
 
@@ -46,3 +47,22 @@ class OPTMFAModel(ConvertedForCausalLM, OPTModel):
 class OPTMFAForCausalLM(ConvertedForCausalLM, OPTForCausalLM):
     config: OPTMFAConfig
     model_class = OPTMFAModel
+
+
+@strict
+class OPTGQAConfig(GQAConfigMixin, OPTConfig):
+    model_type = "rehead_opt_gqa"
+
+
+class OPTGQADecoder(ConvertedModel, OPTDecoder):
+    config: OPTGQAConfig
+
+
+class OPTGQAModel(ConvertedForCausalLM, OPTModel):
+    config: OPTGQAConfig
+    model_class = OPTGQADecoder
+
+
+class OPTGQAForCausalLM(ConvertedForCausalLM, OPTForCausalLM):
+    config: OPTGQAConfig
+    model_class = OPTGQAModel

@@ -298,7 +298,7 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     assert {path.stem for path in tmp_path.glob("*.py")} == {
         *("converted_attention", "converted_config", "converted_model", "rope_slots"),
-        *("mfa", "mfa_config", "mla", "mla_config", family),
+        *("gqa", "mfa", "mla", "mfa_config", "mla_config", family),
     }
 
 

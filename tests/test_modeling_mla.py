@@ -320,6 +320,7 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
         "converted_attention.py",
         "converted_config.py",
         "converted_model.py",
+        "gqa.py",
         "llama.py",
         "mfa.py",
         "mfa_config.py",
