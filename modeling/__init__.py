@@ -25,6 +25,7 @@ FAMILIES = {
     "gemma": "Gemma",
     "gpt2": "GPT2",
     "opt": "OPT",
+    "seed_oss": "SeedOss",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

@@ -28,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -69,6 +71,7 @@ FAMILIES = {
         OPTForCausalLM,
         NO_ROPE | dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
     ),
+    "seed_oss": (SeedOssConfig, SeedOssForCausalLM, GROUPED),
 }
 # What a family's other checkpoints have: case -> family, fields.
 VARIANTS = {

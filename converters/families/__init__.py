@@ -116,6 +116,7 @@ FAMILIES = {
             first_position=2,
             refuse=_opt,
         ),
+        Family("seed_oss"),
     )
 }
 
