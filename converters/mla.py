@@ -10,6 +10,7 @@ size, n rotated components (2n rotated dims), r latent rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,6 +52,7 @@ class MLA:
         inv_freq: the source's frequencies.
         scaling: the score multiplier, a rotary attention factor included.
         rope_on_read: keys come from the latent alone and are rotated with all of `inv_freq`.
+        q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; on-read alone.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -66,6 +68,9 @@ class MLA:
     kv_a_bias: Float[Tensor, " A"] | None = None
     kv_b_bias: Float[Tensor, "G B"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    q_norm: Float[Tensor, " E"] | None = None
+    k_norm: Float[Tensor, " E"] | None = None
+    norm_eps: float = 0.0
 
     @property
     def kv_lora_rank(self) -> int:
@@ -109,9 +114,14 @@ class MLA:
         q = self.q if self.q_down is None else self.q @ self.q_down
         k, v = kv[:, :nope], kv[:, nope:]
         k_bias, v_bias = _rows(kv_bias, slice(0, nope), 1), _rows(kv_bias, slice(nope, None), 1)
-        biases = dict(q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias)
+        biases: dict[str, Any] = dict(
+            q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias
+        )
         if self.rope_on_read:
-            return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases)
+            norms: dict[str, Any] = dict(
+                q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.norm_eps
+            )
+            return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases, **norms)
         groups = kv.shape[0]
         k = torch.cat([k, self.kv_a[r:].expand(groups, -1, -1)], dim=1)
         if self.kv_a_bias is not None:
@@ -150,6 +160,8 @@ class MLA:
             "kv_b_proj.bias": _flat(self.kv_b_bias),
             "o_proj.weight": self.o.flatten(1),
             "o_proj.bias": self.o_bias,
+            "q_norm.weight": self.q_norm,
+            "k_norm.weight": self.k_norm,
         }
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -260,6 +272,9 @@ def on_read_mla(maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims
         q_bias=maps.q_bias,
         kv_b_bias=bias,
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
+        q_norm=maps.q_norm,
+        k_norm=maps.k_norm,
+        norm_eps=maps.norm_eps,
     )
 
 

@@ -72,6 +72,12 @@ class Target(ABC):
         self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
         self.keys = self.kv_heads * self.head_dim
         self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
+        self.qk_norm = FAMILIES[config.model_type].qk_norm
+        if self.qk_norm and (recipe.form != "mla" or recipe.rope != "on-read"):
+            raise InputError(
+                f"{config.model_type} normalises every key, which is then no linear map of what is "
+                "cached. Keys formed on read can be normalised: use --to mla --rope on-read."
+            )
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
 
@@ -165,6 +171,7 @@ class MLATarget(Target):
             q_lora_rank=self.recipe.q_lora_rank,
             rope_pairs=None if self.on_read else [list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
+            qk_norm=self.qk_norm,
             architectures=[causal_lm.__name__],
         )
 

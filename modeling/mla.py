@@ -6,6 +6,7 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate, slot_scores
@@ -20,7 +21,8 @@ class MLAAttention(ConvertedAttention):
     the latent, so a conversion of full rank is exact.
 
     With `rope_on_read` there is no k_rope: the latent is cached, and W_uk c is rotated by the
-    token's slot when it is read. Positions given with a cache must then be contiguous.
+    token's slot when it is read. Positions given with a cache must then be contiguous. With
+    `qk_norm` every head's query and key are normalised before they are rotated.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -48,6 +50,9 @@ class MLAAttention(ConvertedAttention):
             bias=config.kv_b_bias,
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -64,8 +69,10 @@ class MLAAttention(ConvertedAttention):
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_proj(hidden_states))
-        # [B, H, T, n + d_r]
-        query = query.view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
+        query = query.view(batch, length, -1, self.qk_head_dim)
+        if self.config.qk_norm:
+            query = self.q_norm(query)
+        query = query.transpose(1, 2)  # [B, H, T, n + d_r]
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
         if self.qk_rope_head_dim:
             # [B, 1, T, d_r / 2]
@@ -101,6 +108,8 @@ class MLAAttention(ConvertedAttention):
         )
         key, value = pair.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         scaling = self.scaling
+        if self.config.qk_norm:
+            key = self.k_norm(key)
         if self.config.rope_on_read:
             cos, sin, angles = position_embeddings
             if slots is None:
@@ -159,7 +168,10 @@ class MLAAttention(ConvertedAttention):
         groups = weight.shape[0]
         if self.config.rope_on_read:
             key_bias = None if bias is None else bias[:, :n]
-            scores = slot_scores(query, cached.squeeze(1), weight[:, :n], key_bias, slots, angles)
+            norm = self.k_norm if self.config.qk_norm else None
+            scores = slot_scores(
+                query, cached.squeeze(1), weight[:, :n], key_bias, slots, angles, norm
+            )
             scores = scores.view(batch, heads, length, -1) * (self.scaling * angles.score_scaling)
             weights = self._softmax(scores, mask, query.dtype)
             mixed = self._mix(weights, cached)

@@ -24,6 +24,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
         rope_pairs: For each layer, the index of every rotated component's frequency among the
             source's `head_dim / 2`, repeats allowed. None: component j turns with frequency j.
         rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot.
+        qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
+            have one; keys are then formed when they are read.
         conversion: The recipe the checkpoint was made with.
     """
 
@@ -43,6 +45,7 @@ class MLAConfigMixin(ConvertedConfigMixin):
     q_lora_rank: int | None = None
     kv_lora_rank_per_layer: list[int] | None = None
     rope_on_read: bool = False
+    qk_norm: bool = False
     kv_a_bias: bool = False
     kv_b_bias: bool = False
 
@@ -73,6 +76,10 @@ class MLAConfigMixin(ConvertedConfigMixin):
                 )
 
     def _check_rope(self):
+        if self.qk_norm and not self.rope_on_read:
+            raise ValueError(
+                "qk_norm=True needs keys formed when they are read: rope_on_read=True."
+            )
         if not self.rope_on_read:
             super()._check_rope()
             return
