@@ -58,13 +58,15 @@ def offers(config: PretrainedConfig) -> list[Offer]:
     Raises:
         InputError: no form is to be had, and why.
     """
-    family_of(config)
+    family = family_of(config)
     itemsize = (config.dtype or torch.float32).itemsize
     found = []
     for form in TARGETS:
+        # The one kind of RoPE that keys which are normalised can have.
+        rope = "on-read" if family.qk_norm and form == "mla" else "decoupled"
         for share in SHARES:
             try:
-                target = target_of(config, _recipe(form, share))
+                target = target_of(config, _recipe(form, share, rope))
             except InputError as error:
                 found.append(Offer(form, share, refused=str(error)))
                 continue
@@ -76,8 +78,8 @@ def offers(config: PretrainedConfig) -> list[Offer]:
     return found
 
 
-def _recipe(form: str, share: float) -> Recipe:
-    return Recipe("", form, "decoupled", share, calibration="", samples=0, heal=0, seed=0)
+def _recipe(form: str, share: float, rope: str) -> Recipe:
+    return Recipe("", form, rope, share, calibration="", samples=0, heal=0, seed=0)
 
 
 def _mean_dims(target: Target) -> Any:

@@ -21,6 +21,7 @@ from rehead.converters import InputError, convert, families
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES, REFUSED, family_of
 from rehead.converters.families import family as family_module
+from rehead.converters.inspection import offers
 from rehead.converters.maps import AttentionMaps, reference_attention
 from rehead.converters.stream import LayerStream
 from rehead.evaluation import kv_bytes_per_token
@@ -377,6 +378,13 @@ def test_every_family_has_classes_and_a_row_here():
     assert [family for family in FAMILIES if family not in NORMED] == list(MFA_CLASSES)
     assert list(GQA_CLASSES) == ["gpt_neox", "gpt2", "opt"]  # whose own class has no KV heads
     assert not set(FAMILIES) & set(REFUSED)
+
+
+@pytest.mark.parametrize("family", sources.FAMILIES)
+def test_what_is_offered_is_what_a_family_can_have(family):
+    config_class, _, given = sources.FAMILIES[family]
+    offered = {offer.form for offer in offers(config_class(**given)) if not offer.refused}
+    assert offered == ({"mla"} if family in NORMED else {"mla", "mfa", "mfa-kr", "gqa", "mqa"})
 
 
 UNSUPPORTED = [
