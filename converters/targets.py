@@ -121,6 +121,12 @@ class MLATarget(Target):
         self.on_read = recipe.rope == "on-read"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
+        queries = recipe.q_lora_rank
+        if queries is not None and not 1 <= queries <= config.hidden_size:
+            raise InputError(
+                f"q_lora_rank={queries} must be at least 1 and at most {config.hidden_size}, the "
+                "rank that the queries have."
+            )
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
         self.least = 1 if self.on_read else 3
