@@ -35,13 +35,14 @@ class Budget:
         rank = min(2 * keys, config.hidden_size)
         budget = cls(
             source=2 * keys,
-            width=int(recipe.kv_budget * 2 * keys + 1e-9),
-            rotatable=0 if on_read else keys,
+            width=_width(recipe, 2 * keys),
+            rotatable=keys,
             rank=rank,
             fixed=None,
         )
         fixed = budget._explicit(recipe)
-        everything = LayerDims(rank) if on_read else LayerDims(min(keys, rank), keys)
+        whole, split = LayerDims(rank, on_read=True), LayerDims(min(keys, rank), keys)
+        everything = whole if on_read else split
         if fixed is None and budget.width >= everything.width:
             fixed = everything
         if fixed is None:
@@ -56,21 +57,35 @@ class Budget:
 
     def _explicit(self, recipe: Recipe) -> LayerDims | None:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+        on_read = recipe.rope == "on-read"
+        if rotated is not None and (rotated % 2 or rotated > self.rotatable):
+            raise InputError(
+                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
+                "of all key heads."
+            )
+        if on_read and (rank is None or rotated is None):
+            # What the one leaves open is measured.
+            self._check_rank(rank, 0)
+            return None
         if rank is None:
             if rotated is None:
                 return None
             rank = self.width - rotated
         elif rotated is None:
             rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
-        if rotated % 2 or rotated > self.rotatable:
-            raise InputError(
-                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
-                f"of all key heads{' (0 with --rope on-read)' if not self.rotatable else ''}."
-            )
+        self._check_rank(rank, 0 if on_read else rotated)
+        return LayerDims(rank, rotated, on_read=on_read)
+
+    def _check_rank(self, rank: int | None, rotated: int) -> None:
         most = min(self.source - rotated, self.rank)
-        if not 1 <= rank <= most:
+        if rank is not None and not 1 <= rank <= most:
             raise InputError(
                 f"kv_lora_rank={rank} with qk_rope_head_dim={rotated} is not between 1 and {most}, "
                 "beyond which nothing is gained. Use at most that, or give --kv-budget."
             )
-        return LayerDims(rank, rotated)
+
+
+def _width(recipe: Recipe, source: int) -> int:
+    if recipe.rope == "on-read" and recipe.kv_lora_rank is not None:
+        return recipe.kv_lora_rank
+    return int(recipe.kv_budget * source + 1e-9)

@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,9 +97,9 @@ class Job:
             form = build(target.dims(width, share))
             return output_error(refit_output(form, few), measured).absolute
 
-        at_mean = {share: error(target.width, share) for share in target.splits}
-        share = min(at_mean, key=at_mean.__getitem__)
-        curve = {target.width: at_mean[share]}
+        at_mean = cache(partial(error, target.width))
+        share = target.choose(at_mean)
+        curve = {target.width: at_mean(share)}
         if not self.recipe.uniform:
             for ratio in TRIED_WIDTHS:
                 width = min(max(target.least, round(ratio * target.width)), target.most)

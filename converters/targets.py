@@ -18,7 +18,7 @@ from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
 from .maps import AttentionMaps
 from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
 from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
-from .plan import TRIED_SPLITS, LayerDims, split_width
+from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
 from .rope_split import rope_components, shared_rope_pairs
 
@@ -87,6 +87,10 @@ class Target(ABC):
     def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
         """The closed form of one layer for any dims."""
 
+    def choose(self, error: Callable[[float], float]) -> float:
+        """The share of a layer's width to rotate, by the error of any share at mean width."""
+        return min(self.splits, key=error)
+
     def finish(
         self, form: Any, x: Float[Tensor, "N T D"], error: float, generator: torch.Generator
     ) -> Any:
@@ -129,12 +133,27 @@ class MLATarget(Target):
             )
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
-        self.least = 1 if self.on_read else 3
-        self.most = self.budget.rank if self.on_read else self.source
-        self.splits = (0.0,) if self.on_read else TRIED_SPLITS
+        self.least, self.most = (1, self.budget.rank) if self.on_read else (3, self.source)
+        self.splits = TRIED_SPLITS
+        if self.on_read:
+            self.splits = READ_SPLITS
+            if recipe.qk_rope_head_dim is not None:
+                self.splits = (recipe.qk_rope_head_dim / self.keys or 1.0,)
+            if recipe.kv_lora_rank is not None:
+                self.least = self.most = self.width
 
     def dims(self, width: int, share: float) -> LayerDims:
-        return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        if not self.on_read:
+            return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        # A component of each head's each frequency would be every key, in a dearer layout.
+        rotated = 2 * round(share * self.keys / 2) if share < 1 else 0
+        return LayerDims(min(width, self.budget.rank), rotated, on_read=True)
+
+    def choose(self, error: Callable[[float], float]) -> float:
+        if not self.on_read or len(self.splits) == 1:
+            return super().choose(error)
+        most = READ_MARGIN * error(1.0)
+        return next((share for share in self.splits if error(share) <= most), 1.0)
 
     def moments(self, maps, x, generator) -> MLAMoments:
         return mla_moments(maps, x, generator, self.on_read)
@@ -162,7 +181,7 @@ class MLATarget(Target):
             qk_nope_head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             q_lora_rank=self.recipe.q_lora_rank,
-            rope_pairs=None if self.on_read else [list(layer.rope_pairs) for layer in layers],
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
             architectures=[causal_lm.__name__],
         )

@@ -40,8 +40,8 @@ def _layer(config: PretrainedConfig, index: int) -> tuple[int, int]:
     if hasattr(config, "kv_lora_rank"):
         latent, rotated = width("kv_lora_rank"), width("qk_rope_head_dim")
         rank = min(config.qk_nope_head_dim, latent) + rotated
-        queries = config.q_lora_rank or rank
-        return min(rank, queries), latent + rotated
+        cached = latent if getattr(config, "rope_on_read", False) else latent + rotated
+        return min(rank, cached, config.q_lora_rank or rank), cached
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads

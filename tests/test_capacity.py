@@ -35,8 +35,12 @@ def mla(model):
     rank, nope = attention.kv_lora_rank, config.qk_nope_head_dim
     queries = heads_of(attention.q_proj.weight, config.num_attention_heads)
     down = attention.kv_a_proj_with_mqa.weight.detach().double()
-    up = heads_of(attention.kv_b_proj.weight, config.num_key_value_heads)
-    keys = [torch.cat([part[:nope] @ down[:rank], down[rank:]]) for part in up]
+    pairs, read = attention.kv_b_proj.weight.detach().double().tensor_split([attention.pair_dim])
+    up = heads_of(pairs, config.num_key_value_heads)
+    rotated = down[rank:]
+    if config.rope_on_read:
+        rotated = read @ down
+    keys = [torch.cat([part[:nope] @ down[:rank], rotated]) for part in up]
     return [(q, keys[h // (len(queries) // len(keys))]) for h, q in enumerate(queries)]
 
 
@@ -52,6 +56,7 @@ MODELS = {
     "gqa": (lambda: tiny.source(), gqa, (8, 16)),
     "decoupled": (lambda: tiny.mla(), mla, (16, 18)),
     "on_read": (lambda: tiny.mla(form="on_read"), mla, (8, 12)),
+    "rope_read": (lambda: tiny.mla(form="rope_read"), mla, (12, 12)),
     "narrow latent": (lambda: tiny.mla(form="on_read", kv_lora_rank=5), mla, (5, 5)),
     "mfa": (lambda: tiny.mfa(), mfa, (9, 11)),
     "mfa_kr": (lambda: tiny.mfa(form="mfa_kr"), mfa, (9, 11)),
