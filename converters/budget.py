@@ -1,10 +1,11 @@
 """The cache that a conversion may use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from .errors import InputError
+from .families import FAMILIES, head_dim, kv_heads
 from .plan import LayerDims
 from .recipe import Recipe
 
@@ -18,6 +19,7 @@ class Budget:
         width: mean width of the converted cache.
         rotatable: dims that may be rotated, at most.
         rank: the rank from which on the latent is exact.
+        most: the width from which on nothing is gained.
         fixed: the dims of every layer where they were given, not to be chosen.
     """
 
@@ -25,35 +27,38 @@ class Budget:
     width: int
     rotatable: int
     rank: int
+    most: int
     fixed: list[LayerDims] | None
 
     @classmethod
     def of(cls, config: PretrainedConfig, recipe: Recipe) -> "Budget":
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        keys = config.num_key_value_heads * head
-        on_read = recipe.rope == "on-read"
+        groups, on_read = kv_heads(config), recipe.rope == "on-read"
+        keys = groups * head_dim(config)
+        rotatable = groups * FAMILIES[config.model_type].rotary_dim(config)
         rank = min(2 * keys, config.hidden_size)
+        # What is not rotated shares the latent with the values.
+        split = LayerDims(min(2 * keys - rotatable, rank), rotatable)
+        everything = LayerDims(rank, on_read=True) if on_read else split
         budget = cls(
             source=2 * keys,
             width=_width(recipe, 2 * keys),
-            rotatable=keys,
+            rotatable=rotatable,
             rank=rank,
+            most=everything.width,
             fixed=None,
         )
         fixed = budget._explicit(recipe)
-        whole, split = LayerDims(rank, on_read=True), LayerDims(min(keys, rank), keys)
-        everything = whole if on_read else split
         if fixed is None and budget.width >= everything.width:
             fixed = everything
         if fixed is None:
-            if budget.width < (1 if on_read else 3):
+            if budget.width < (3 if rotatable else 1):
                 raise InputError(
                     f"--kv-budget {recipe.kv_budget:.2%} leaves {budget.width} of the "
                     f"{2 * keys} numbers cached per token and layer. Give a larger one."
                 )
             return budget
         layers = [fixed] * config.num_hidden_layers
-        return cls(budget.source, fixed.width, budget.rotatable, rank, layers)
+        return replace(budget, width=fixed.width, fixed=layers)
 
     def _explicit(self, recipe: Recipe) -> LayerDims | None:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim

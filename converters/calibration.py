@@ -124,8 +124,10 @@ def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoment
         torch.ones((), dtype=torch.float64, device=x.device),
         position_angles(maps.inv_freq.double(), length),
     )
+    mean_phase = (lags / total).to(phases.dtype) @ phases
+    mean_phase[:, maps.inv_freq == 0] = 1  # whatever the text, and to the last digit
     return PhaseMoments(
-        mean_phase=(lags / total).to(phases.dtype) @ phases,
+        mean_phase=mean_phase,
         query_energy=energy / (x.shape[0] * length) * maps.scaling**2,
         inputs=inputs / total.sum(),
     )

@@ -144,7 +144,10 @@ class Job:
                 before = sum(t.numel() for t in vars(maps).values() if isinstance(t, Tensor))
                 save(file, (*self._fit(layer, form, seen), before - maps.inv_freq.numel()))
             form, closed, error, source_parameters = load(file)
-            tensors = form.state_dict(stream.attention_factor**2)
+            if self.target.stock:
+                tensors = self.family.write(form.expand(), stream.attention_factor)
+            else:
+                tensors = form.state_dict(stream.attention_factor**2)
             for name, tensor in tensors.items():
                 writer.add(self.family.prefix(layer) + name, tensor.to(dtype))
             biases = form.biases()

@@ -45,8 +45,9 @@ class RopeSplit:
 
 @dataclass(frozen=True)
 class Components:
-    """All G*P rotated components of a layer, by falling cost of dropping their rotation.
+    """All rotated components of a layer, G of every frequency, by falling cost of dropping theirs.
 
+    A pair of frequency 0 has no rotation to keep: its components are position-free as they are.
     Component j of frequency f is z = analysis[j] . k_f over KV heads, and k_f = sum_j synthesis[j]
     z_j: any complex-linear mix of pairs of one frequency commutes with RoPE.
     """
@@ -102,13 +103,16 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
     weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
     found = []
-    for pair in range(keys.shape[1]):
+    for pair in maps.inv_freq.nonzero().flatten().tolist():
         k, d = keys[:, pair], weight[:, pair]
         values, vectors = torch.linalg.eigh(d[:, None] * (k @ moment @ k.mH) * d)
         for j in range(groups):
             u = vectors[:, j]
             u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
             found.append((float(values[j]), pair, u.conj() * d, u / d))
+    if not found:
+        none = keys.new_zeros(0, groups)
+        return Components(moment.real.new_zeros(0), (), none, none)
     found.sort(key=lambda item: (-item[0], item[1]))
     cost, pairs, analysis, synthesis = zip(*found, strict=True)
     return Components(

@@ -7,7 +7,7 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 import torch
 from torch import nn
 
-from .converted_attention import ConvertedAttention
+from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate, slot_scores, with_rope_key
 
 
@@ -57,13 +57,14 @@ class MLAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
+        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:

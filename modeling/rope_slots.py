@@ -60,15 +60,21 @@ class SlotAngles:
         return self._tables[key]
 
 
-class SlotRotaryMixin(nn.Module):
-    """A family's rotary embedding that also hands its frequencies to the attention layers."""
+def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
+    """A forward hook on a family's rotary embedding: cos and sin, and its frequencies beside them.
 
-    inv_freq: torch.Tensor
-    attention_scaling: float
-
-    def forward(self, x, position_ids):
-        cos, sin = super().forward(x, position_ids)
-        return cos, sin, SlotAngles(self.inv_freq, self.attention_scaling)
+    They are those of this forward pass, where the RoPE type lets them change with the length. Where
+    a part of the head is rotated, the other pairs follow with frequency 0.
+    """
+    (cos, sin), inv_freq, scaling = output, rotary.inv_freq, rotary.attention_scaling
+    still = rotary.config.head_dim // 2 - len(inv_freq)
+    if still:
+        inv_freq = nn.functional.pad(inv_freq, (0, still))
+        cos, sin = (
+            nn.functional.pad(x.unflatten(-1, (2, -1)), (0, still), value=at_rest).flatten(-2)
+            for x, at_rest in ((cos, scaling), (sin, 0.0))
+        )
+    return cos, sin, SlotAngles(inv_freq, scaling)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

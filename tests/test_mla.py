@@ -444,3 +444,39 @@ def test_kronecker_factors_stand_for_keys_first():
     softened = moments_of(quiet, x).kronecker.gradients.diagonal()
     assert softened[:16].max() < 1e-4 * softened[16:].min()
     assert torch.allclose(kronecker(x, torch.ones(4, 24, 3)).gradients, torch.ones(3, 3).double())
+
+
+@pytest.mark.parametrize("still", [2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_pairs_that_are_not_rotated_need_no_rotated_key(still, bias):
+    """Frequency 0, as in partial rotary embedding and without any: the latent is enough."""
+    maps, x = layers.maps(bias=bias), layers.inputs()
+    inv_freq = maps.inv_freq.clone()
+    inv_freq[-still:] = 0
+    maps = replace(maps, inv_freq=inv_freq)
+    moments = moments_of(maps, x)
+    assert moments.phases is not None
+    components = rope_components(maps, moments.phases)
+    assert sorted({*components.pair}) == [*range(4 - still)]
+    assert len(components.cost) == 2 * (4 - still)
+    # All that is rotated; the rest of both heads' keys, and their values, in the latent.
+    rotated = 4 * (4 - still)
+    whole = to_mla(maps, moments, LayerDims(32 - rotated, rotated))
+    assert error(outputs(whole.expand(), x), outputs(maps, x)) < 1e-5
+    less = to_mla(maps, moments, LayerDims(32 - rotated - 6, rotated))
+    assert error(outputs(less.expand(), x), outputs(maps, x)) > 1e-3
+    # As if rotated: a latent of the values alone would do, and now it does not.
+    turning = replace(maps, inv_freq=maps.inv_freq + 0.1)
+    twin = to_mla(turning, moments_of(turning, x), LayerDims(16, 16))
+    assert error(outputs(twin.expand(), x), outputs(maps, x)) > 1e-2
+
+
+def test_text_that_says_nothing_turns_no_pair_of_frequency_zero_off():
+    """Equal tokens: no score counts, and a mean phase over nothing would be zero."""
+    maps = layers.maps()
+    maps = replace(maps, inv_freq=torch.tensor([1.0, 0.1, 0.0, 0.0], dtype=torch.float64))
+    same = layers.inputs(1, 1).expand(3, 6, -1)
+    moments = moments_of(maps, same)
+    assert moments.phases is not None
+    assert torch.equal(moments.phases.mean_phase[:, 2:], torch.ones(4, 2, dtype=torch.complex128))
+    assert not torch.equal(moments.phases.mean_phase[:, :2].abs(), torch.ones(4, 2).double())

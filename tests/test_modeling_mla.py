@@ -20,7 +20,7 @@ from rehead.modeling import (
 )
 from rehead.modeling import mla as mla_module
 
-FAMILIES, FORMS = list(tiny.MLA), list(tiny.FORMS)
+FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.FORMS)
 UNEVEN = {
     "decoupled": dict(
         kv_lora_rank_per_layer=[12, 5],
@@ -325,7 +325,7 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     loaded.save_pretrained(tmp_path / "again")
-    for name in ("config.json", "mla.py", "mla_config.py", "rope_slots.py", f"{family}_mla.py"):
+    for name in ("config.json", "mla.py", "mla_config.py", "rope_slots.py", f"{family}.py"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
 
 
@@ -340,7 +340,11 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     assert {p.name for p in tmp_path.glob("*.py")} == {
         "converted_attention.py",
         "converted_config.py",
-        "llama_mla.py",
+        "converted_model.py",
+        "gqa.py",
+        "llama.py",
+        "mfa.py",
+        "mfa_config.py",
         "mla.py",
         "mla_config.py",
         "rope_slots.py",

@@ -140,7 +140,12 @@ def test_no_other_widths_lose_less(layers, steps):
 
 
 CONFIG = SimpleNamespace(
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=32, num_hidden_layers=3
+    model_type="llama",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    hidden_size=32,
+    num_hidden_layers=3,
 )
 
 
