@@ -49,6 +49,7 @@ CONVERT_OPTIONS = {
     "--json",
 }
 EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
+EXPORT_OPTIONS = {"--to", "--output", "--force", "--json"}
 
 
 def script(name, *args, **options):
@@ -85,6 +86,9 @@ def test_the_options_are_those_that_scripts_depend_on():
     assert options_of(same.stdout) == options_of(shown.stdout)
     shown = script("rehead", "evaluate", "--help", env=wide)
     assert options_of(shown.stdout) == EVALUATE_OPTIONS | {"--help"}
+    shown = script("rehead", "export", "--help", env=wide)
+    # Its help names the options of the conversion it needs.
+    assert options_of(shown.stdout) - {"--native"} == EXPORT_OPTIONS | {"--help"}
     shown = script("rehead", "--version")
     assert re.fullmatch(r"rehead \d+\.\d+\.\d+\S*\n", shown.stdout)
 
@@ -135,6 +139,8 @@ MISTAKES = {
     "near form": (["convert", "{model}", "--to", "mlaa"], "Did you mean mla?"),
     "near pooling": (["convert", "{model}", "--to", "gqa", "--pooling", "men"], "mean mean?"),
     "near rope": (["convert", "{model}", "--to", "mla", "--rope", "decopled"], "mean decoupled?"),
+    "near format": (["export", "{model}", "--to", "transformer"], "Did you mean transformers?"),
+    "nothing to export": (["export", "{model}", "--to", "transformers"], "stock class"),
     "bad steps": (["convert", "{model}", "--to", "mla", "--heal", "-1"], "--heal"),
     "no number": (["convert", "{model}", "--to", "mla", "--samples", "few"], "--samples"),
 }
@@ -360,6 +366,31 @@ def test_convert_writes_a_folder_that_evaluate_measures(inputs, tmp_path):
     again = script("rehead", "convert", model, *args, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert "--force" in again.stderr.splitlines()[-1]
+
+
+def test_export_writes_a_folder_that_evaluate_measures(inputs, tmp_path, capsys, monkeypatch):
+    model, text = inputs
+    monkeypatch.chdir(tmp_path)
+    args = ["--to", "mla", "--native", "--heal", 0, "--samples", 4, "--calibration", text]
+    assert run(capsys, model, *args, command="convert")[0] == 0
+    code, out, _ = run(capsys, "export", "tiny-mla", "--to", "transformers", "--json")
+    assert code == 0
+    done = json.loads(out)
+    assert (done["output"], done["to"]) == ("tiny-mla-transformers", "transformers")
+    assert done["architecture"] == "YoutuForCausalLM"
+    args = ["--text", text, "--window", 64, "--windows", 2, "--json"]
+    found = [
+        json.loads(run(capsys, "evaluate", at, *args)[1]) for at in ("tiny-mla", done["output"])
+    ]
+    assert found[1]["perplexity"] == pytest.approx(found[0]["perplexity"], rel=1e-5)
+    cache = [result["kv_bytes_per_token"] for result in found]
+    assert cache == [done["kv_bytes_per_token"][key] for key in ("converted", "exported")]
+    code, out, err = run(capsys, "export", "tiny-mla", "--to", "transformers")
+    assert (code, out) == (2, "")
+    assert "--force" in err
+    code, out, _ = run(capsys, "export", "tiny-mla", "--to", "transformers", "--force")
+    assert code == 0
+    assert "Loads as YoutuForCausalLM" in out
 
 
 def test_inspect_reads_the_config_alone(inputs, tmp_path, capsys):

@@ -1,0 +1,60 @@
+"""`rehead export`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .console import choice, print_json, progress_bars, results, size
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A model converted with --to mla --native.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="transformers: a stock class of transformers, without loss.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="What to write. [dim]Default: DIR-transformers, here.[/]")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the model at the output.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Write a converted model for tools that do not know rehead.
+
+    GQA and MQA need no export: they are the family's own class already.
+    """
+    with results(as_json) as console:
+        from ..export import FORMATS
+        from ..export import export as run
+
+        choice("--to", to, list(FORMATS))
+        with progress_bars() as progress:
+            done = run(
+                model,
+                to=to,
+                output=output or default_output(model, to),
+                force=force,
+                progress=progress,
+            )
+        if as_json:
+            print_json(console, done.to_dict())
+        else:
+            _summarize(console, done)
+
+
+def default_output(model: str, to: str) -> Path:
+    """`llama-7b-mla-transformers`, in the current folder."""
+    path = Path(model)
+    return Path(f"{path.name or path.resolve().name}-{to}")
+
+
+def _summarize(console: Console, done: Any) -> None:
+    cache = done.kv_bytes_per_token
+    console.print(f"KV cache per token: {size(cache['converted'])} -> {size(cache['exported'])}")
+    console.print(f"Loads as {done.architecture}; took {done.seconds:.0f} s")
+    console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)
