@@ -42,7 +42,9 @@ CARRIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "hidden_act", "rms_norm_eps"),
     *("max_position_embeddings", "initializer_range", "use_cache", "attention_dropout"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "tie_word_embeddings"),
+    # Not pad_token_id: Youtu would zero its embedding, and with tied embeddings its score, on load.
+    # It stands in the generation config.
 )
 
 

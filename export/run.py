@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from ..converters.checkpoint import Writer, copy_side_files, open_source
 from ..converters.errors import InputError
 from ..converters.memory import peak_rss_bytes
@@ -83,7 +85,12 @@ def _to_transformers(
             if name.endswith("self_attn.kv_b_proj.weight"):
                 progress("layers", int(name.split(".")[2]) + 1, layers, {})
         config.save_pretrained(writer.folder)
-        copy_side_files(source, writer.folder)
+        tokens = {k: getattr(model.config, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
+        generation = GenerationConfig(**{f"{k}_token_id": v for k, v in tokens.items()})
+        generation.save_pretrained(writer.folder)
+        copy_side_files(
+            source, writer.folder
+        )  # the source's own generation config, if there is one
         writer.finish({"README.md": native_card(model, output.name, config)})
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     sizes = {"converted": width, "exported": config.kv_lora_rank + config.qk_rope_head_dim}

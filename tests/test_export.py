@@ -32,8 +32,9 @@ def save(folder: Path, family: str = "llama", **fields) -> torch.nn.Module:
     """A tiny model with one list of frequencies, with random weights, as a conversion has it."""
     fields = folders.MODEL_FIELDS | NATIVE | fields
     model = tiny.mla(family, **fields)
-    for layer in model.model.layers:  # transformers leaves norms at one
+    for layer in model.model.layers:  # transformers leaves norms at one, and a padding row at zero
         torch.nn.init.uniform_(layer.input_layernorm.weight, 0.3, 3.0)
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[model.config.pad_token_id])
     return folders.save(folder, model)
 
 
@@ -109,6 +110,19 @@ def test_a_wrong_layer_is_seen(wrong, tmp_path, monkeypatch):
     right = LatentModel.layer
     monkeypatch.setattr(LatentModel, "layer", lambda self, index: wrong(right(self, index)))
     export(tmp_path / "in", to="transformers", output=tmp_path / "out")
+    assert error(logits(loaded(tmp_path / "out")), logits(model)) > 1e-3
+
+
+def test_the_padding_token_keeps_its_embedding(tmp_path, monkeypatch):
+    """Its id is left to the generation config: in Youtu's own, loading would zero its row."""
+    model = save(tmp_path / "in", tie_word_embeddings=True)
+    (tmp_path / "in" / "generation_config.json").unlink()
+    export(tmp_path / "in", to="transformers", output=tmp_path / "out")
+    found = loaded(tmp_path / "out")
+    assert error(logits(found), logits(model)) < 2e-5
+    assert found.generation_config.pad_token_id == model.config.pad_token_id == 0
+    monkeypatch.setattr(native, "CARRIED", (*native.CARRIED, "pad_token_id"))
+    export(tmp_path / "in", to="transformers", output=tmp_path / "out", force=True)
     assert error(logits(loaded(tmp_path / "out")), logits(model)) > 1e-3
 
 
