@@ -32,17 +32,20 @@ class Budget:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         keys = config.num_key_value_heads * head
         on_read = recipe.rope == "on-read"
+        # Engines rotate every frequency once.
+        rotatable = 0 if on_read else head if recipe.preset == "engine" else keys
         rank = min(2 * keys, config.hidden_size)
         budget = cls(
             source=2 * keys,
             width=int(recipe.kv_budget * 2 * keys + 1e-9),
-            rotatable=0 if on_read else keys,
+            rotatable=rotatable,
             rank=rank,
             fixed=None,
         )
         fixed = budget._explicit(recipe)
         everything = LayerDims(rank) if on_read else LayerDims(min(keys, rank), keys)
-        if fixed is None and budget.width >= everything.width:
+        exact = on_read or rotatable == keys
+        if fixed is None and exact and budget.width >= everything.width:
             fixed = everything
         if fixed is None:
             if budget.width < (1 if on_read else 3):
@@ -63,9 +66,10 @@ class Budget:
         elif rotated is None:
             rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
         if rotated % 2 or rotated > self.rotatable:
+            why = "what --preset engine rotates" if recipe.preset else "the width of all key heads"
             raise InputError(
-                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
-                f"of all key heads{' (0 with --rope on-read)' if not self.rotatable else ''}."
+                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, {why}"
+                f"{' (0 with --rope on-read)' if not self.rotatable else ''}."
             )
         most = min(self.source - rotated, self.rank)
         if not 1 <= rank <= most:

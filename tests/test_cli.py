@@ -37,6 +37,7 @@ CONVERT_OPTIONS = {
     "--rope",
     "--uniform-rank",
     "--native",
+    "--preset",
     "--calibration",
     "--samples",
     "--heal",
@@ -49,7 +50,8 @@ CONVERT_OPTIONS = {
     "--json",
 }
 EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
-EXPORT_OPTIONS = {"--to", "--output", "--force", "--json"}
+EXPORT_OPTIONS = {"--to", "--output", "--calibration", "--samples", "--norm-rows"}
+EXPORT_OPTIONS |= {"--force", "--json"}
 
 
 def script(name, *args, **options):
@@ -87,8 +89,8 @@ def test_the_options_are_those_that_scripts_depend_on():
     shown = script("rehead", "evaluate", "--help", env=wide)
     assert options_of(shown.stdout) == EVALUATE_OPTIONS | {"--help"}
     shown = script("rehead", "export", "--help", env=wide)
-    # Its help names the options of the conversion it needs.
-    assert options_of(shown.stdout) - {"--native"} == EXPORT_OPTIONS | {"--help"}
+    # Its help names an option of the conversion it needs.
+    assert options_of(shown.stdout) - {"--preset"} == EXPORT_OPTIONS | {"--help"}
     shown = script("rehead", "--version")
     assert re.fullmatch(r"rehead \d+\.\d+\.\d+\S*\n", shown.stdout)
 
@@ -138,6 +140,7 @@ MISTAKES = {
     "no form": (["convert", "{model}"], "Missing option '--to'"),
     "near form": (["convert", "{model}", "--to", "mlaa"], "Did you mean mla?"),
     "near pooling": (["convert", "{model}", "--to", "gqa", "--pooling", "men"], "mean mean?"),
+    "near preset": (["convert", "{model}", "--to", "mla", "--preset", "engin"], "mean engine?"),
     "near rope": (["convert", "{model}", "--to", "mla", "--rope", "decopled"], "mean decoupled?"),
     "near format": (["export", "{model}", "--to", "transformer"], "Did you mean transformers?"),
     "nothing to export": (["export", "{model}", "--to", "transformers"], "stock class"),
@@ -222,7 +225,7 @@ def test_options_reach_the_conversion(conversion, capsys):
     assert defaults == {
         **dict.fromkeys(("calibration", "samples", "heal", "dtype")),
         **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "kv_budget")),
-        **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim")),
+        **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim", "preset")),
         **dict.fromkeys(("uniform_rank", "native", "dry_run", "resume", "force"), False),
         **{"to": "mla", "output": Path("llama-7b-mla")},
         **{"rope": "decoupled", "seed": 0, "device": "cpu"},
@@ -232,6 +235,7 @@ def test_options_reach_the_conversion(conversion, capsys):
         **{"heal": 0, "rope": "on-read", "seed": 7, "dtype": "bfloat16", "device": "cuda"},
         **{"kv_lora_rank": 96, "qk_rope_head_dim": 0, "q_lora_rank": 64},
         **{"num_key_value_heads": 2, "pooling": "mean", "head_dim": 48, "share_q_dim": 99},
+        **{"preset": "engine"},
     }
     flags = ("uniform_rank", "native", "dry_run", "resume", "force")
     args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
