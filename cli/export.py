@@ -11,14 +11,29 @@ from .console import choice, print_json, progress_bars, results, size
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="DIR", help="A model converted with --to mla --native.")
+        str, typer.Argument(metavar="DIR", help="A model converted to mla, see --to.")
     ],
     to: Annotated[
-        str, typer.Option(help="transformers: a stock class of transformers, without loss.")
+        str,
+        typer.Option(
+            help="transformers: a stock class of transformers, without loss. gguf: llama.cpp's "
+            "deepseek2, of a model converted with --preset engine."
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="What to write. [dim]Default: DIR-transformers, here.[/]")
+        Path | None,
+        typer.Option(help="What to write. [dim]Default: DIR-transformers or DIR.gguf, here.[/]"),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="gguf: a text as for convert. [dim]Default: rehead's own.[/]"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="gguf: calibration sequences.")] = 12,
+    norm_rows: Annotated[
+        int, typer.Option(min=0, help="gguf: channels more in the latent, which steady its norm.")
+    ] = 16,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model at the output.")
     ] = False,
@@ -39,6 +54,9 @@ def export(
                 to=to,
                 output=output or default_output(model, to),
                 force=force,
+                calibration=calibration,
+                samples=samples,
+                norm_rows=norm_rows,
                 progress=progress,
             )
         if as_json:
@@ -48,13 +66,16 @@ def export(
 
 
 def default_output(model: str, to: str) -> Path:
-    """`llama-7b-mla-transformers`, in the current folder."""
+    """`llama-7b-mla-transformers` or `llama-7b-mla.gguf`, in the current folder."""
     path = Path(model)
-    return Path(f"{path.name or path.resolve().name}-{to}")
+    return Path(f"{path.name or path.resolve().name}{'.gguf' if to == 'gguf' else f'-{to}'}")
 
 
 def _summarize(console: Console, done: Any) -> None:
     cache = done.kv_bytes_per_token
     console.print(f"KV cache per token: {size(cache['converted'])} -> {size(cache['exported'])}")
+    if done.norm_spread:
+        mean = sum(done.norm_spread) / len(done.norm_spread)
+        console.print(f"What the latent's norm divides by varies by {mean:.1%} (mean of layers)")
     console.print(f"Loads as {done.architecture}; took {done.seconds:.0f} s")
     console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)

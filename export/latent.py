@@ -93,6 +93,7 @@ class LatentModel:
         self.source = source
         self.config: Any = source.config
         self.family = family_of_converted(source.config)
+        self.dtype = source.dtype(f"{self.family.prefix(0)}o_proj.weight")
         rotary = rotary_of(source.config)
         self.rope_factor = float(rotary.attention_scaling) ** 2
         self.original_length = source.config.max_position_embeddings
