@@ -12,6 +12,7 @@ from .qwen2_mfa import Qwen2MFAConfig, Qwen2MFAForCausalLM, Qwen2MFAModel
 from .qwen2_mla import Qwen2MLAConfig, Qwen2MLAForCausalLM, Qwen2MLAModel
 
 __all__ = [
+    "LORA_TARGET_MODULES",
     "MFA_CLASSES",
     "MLA_CLASSES",
     "LlamaMFAConfig",
@@ -46,6 +47,16 @@ MFA_CLASSES = {
     "llama": (LlamaMFAConfig, LlamaMFAModel, LlamaMFAForCausalLM),
     "mistral": (MistralMFAConfig, MistralMFAModel, MistralMFAForCausalLM),
     "qwen2": (Qwen2MFAConfig, Qwen2MFAModel, Qwen2MFAForCausalLM),
+}
+
+# The linear layers of every form's attention, for peft's LoraConfig(target_modules=...).
+_STOCK = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORA_TARGET_MODULES = {
+    "gqa": _STOCK,
+    "mqa": _STOCK,
+    "mla": ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "mfa": ["q_proj", "wq", "k_proj", "v_proj", "o_proj"],
+    "mfa-kr": ["q_proj", "wq", "k_proj", "kr_proj", "o_proj"],
 }
 
 for _config, _model, _causal_lm in (*MLA_CLASSES.values(), *MFA_CLASSES.values()):
