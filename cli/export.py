@@ -34,6 +34,12 @@ def export(
     norm_rows: Annotated[
         int, typer.Option(min=0, help="gguf: channels more in the latent, which steady its norm.")
     ] = 16,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload it to the hub as well.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a private repository.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model at the output.")
     ] = False,
@@ -57,6 +63,8 @@ def export(
                 calibration=calibration,
                 samples=samples,
                 norm_rows=norm_rows,
+                push_to_hub=push_to_hub,
+                private=private,
                 progress=progress,
             )
         if as_json:
@@ -79,3 +87,5 @@ def _summarize(console: Console, done: Any) -> None:
         console.print(f"What the latent's norm divides by varies by {mean:.1%} (mean of layers)")
     console.print(f"Loads as {done.architecture}; took {done.seconds:.0f} s")
     console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)
+    if done.url:
+        console.print(f"Uploaded to {done.url}", soft_wrap=True)

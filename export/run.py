@@ -15,6 +15,7 @@ from ..converters.memory import peak_rss_bytes
 from ..converters.writer import check_output
 from . import deepseek2
 from .card import native_card
+from .hub import check_login, push
 from .latent import LatentModel
 from .native import planned_bytes, stock_config, stock_tensors
 
@@ -34,6 +35,7 @@ class Export:
         kv_bytes_per_token: of the converted model, and of the exported one in the same dtype.
         norm_spread: of a GGUF file, for every layer: standard deviation over tokens of the
             logarithm of what the latent's norm divides by; 0 would be no loss.
+        url: where it is on the hub.
     """
 
     output: Path
@@ -43,6 +45,7 @@ class Export:
     seconds: float
     peak_rss_bytes: int
     norm_spread: list[float] | None = None
+    url: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -79,6 +82,8 @@ def export(
     calibration: str | None = None,
     samples: int = SAMPLES,
     norm_rows: int = NORM_ROWS,
+    push_to_hub: str | None = None,
+    private: bool = False,
     progress: Progress | None = None,
 ) -> Export:
     """Writes a converted model so that tools that do not know rehead run it.
@@ -92,14 +97,18 @@ def export(
         calibration: for GGUF, a text as for `convert`.
         samples: for GGUF, calibration sequences.
         norm_rows: for GGUF, channels more in the latent, which steady its norm.
+        push_to_hub: the id of a repository that is to have it too; made if there is none.
+        private: make it a private one.
         progress: called as progress(stage, done, total, info).
 
     Raises:
-        InputError: the model cannot be written so; nothing has been.
+        InputError: the model cannot be written so, and nothing has been; or the hub refuses it.
     """
     if to not in FORMATS:
         raise InputError(f"--to {to} is unknown. Use {' or '.join(FORMATS)}.")
     began = time.monotonic()
+    if push_to_hub is not None:
+        check_login(push_to_hub)
     asked = Job(
         LatentModel(open_source(model)),
         Path(output).expanduser(),
@@ -110,6 +119,8 @@ def export(
         progress or _silent,
     )
     done = FORMATS[to](asked)
+    if push_to_hub is not None:
+        done = replace(done, url=push(done.output, push_to_hub, private=private))
     return replace(done, seconds=time.monotonic() - began)
 
 

@@ -51,7 +51,7 @@ CONVERT_OPTIONS = {
 }
 EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
 EXPORT_OPTIONS = {"--to", "--output", "--calibration", "--samples", "--norm-rows"}
-EXPORT_OPTIONS |= {"--force", "--json"}
+EXPORT_OPTIONS |= {"--push-to-hub", "--private", "--force", "--json"}
 
 
 def script(name, *args, **options):

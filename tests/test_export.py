@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import folders
 import pytest
@@ -304,6 +305,55 @@ def test_what_a_stock_class_cannot_hold_is_one_line_and_leaves_nothing(case, tmp
         export(tmp_path / "in", to="transformers", output=tmp_path / "out")
     assert "\n" not in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class Hub:
+    """Stands in for huggingface_hub's client, and writes down what it is asked."""
+
+    calls: ClassVar[list] = []
+    fault: ClassVar[Exception | None] = None
+
+    def whoami(self):
+        self.calls.append("whoami")
+
+    def create_repo(self, repo, *, private, exist_ok):
+        assert exist_ok
+        if self.fault:
+            raise self.fault
+        self.calls.append((repo, private))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_it_is_pushed_to_the_hub_when_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr("rehead.export.hub.HfApi", Hub)
+    save(tmp_path / "in")
+    options = dict(to="transformers", output=tmp_path / "out", push_to_hub="you/tiny")
+    done = export(tmp_path / "in", private=True, **options)
+    assert done.url == "https://hub/you/tiny"
+    who, made, sent = Hub.calls
+    assert (who, made) == ("whoami", ("you/tiny", True))
+    assert sent == ("you/tiny", sorted(path.name for path in (tmp_path / "out").iterdir()))
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(sent[1])
+
+    monkeypatch.setattr(Hub, "fault", OSError("no right to it"))
+    with pytest.raises(InputError, match=r"is written, and the hub refuses.*no right to it"):
+        export(tmp_path / "in", force=True, **options)
+    loaded(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(InputError, match="is no id such as"):
+        export(tmp_path / "in", **options | dict(push_to_hub="a/b/c"))
+
+    def nobody(self):
+        raise OSError("401")
+
+    monkeypatch.setattr(Hub, "whoami", nobody)
+    with pytest.raises(InputError, match=r"needs the hub and a login.*hf auth login"):
+        export(tmp_path / "in", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_stands_at_the_output_is_replaced_only_when_asked(tmp_path, monkeypatch):
