@@ -6,6 +6,7 @@ broken checkpoint is told at once and not after an hour. A tensor is read with p
 into its own memory: nothing is mapped, so the resident memory is that of the tensors asked for.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -71,6 +72,14 @@ class Source:
     def bytes(self) -> int:
         """The size of all tensors together, in bytes."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    def fingerprint(self) -> str:
+        """Another one for another config, and after any weight file has been written anew."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, in its stored dtype, in memory of its own."""

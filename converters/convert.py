@@ -4,7 +4,6 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 import hashlib
-import json
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -85,6 +85,7 @@ def convert(
         q_lora_rank: give MLA's queries a low rank too.
         pooling: of GQA and MQA, "aligned" (None) or "mean".
         share_q_dim: width of MFA's shared query projection; None for what the error allows.
+        resume: go on with what an interrupted run of the same recipe has left beside the output.
         progress: called as progress(stage, done, total, info).
 
     Raises:
@@ -147,22 +148,42 @@ def convert(
             dims = job.survey(tokens, Path(scratch))
         planned = [LayerReport(i, dim.named()) for i, dim in enumerate(dims)]
         return result(None, [dim.width for dim in dims], planned)
-    # A text changed under the same name is another recipe.
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    note = json.dumps(asdict(recipe) | {"tokens": digest}, sort_keys=True)
-    with work_folder(output.with_name(f".{output.name}.work"), note, resume) as work:
+    note = resume_note(recipe, source, tokens, where)
+    place = output.with_name(f".{output.name}.work")
+    with (
+        work_folder(place, note, resume) as work,
+        Writer(
+            output,
+            force=force,
+            expected_bytes=source.bytes,
+            protect=source.path,
+            folder=work / "model",
+        ) as writer,
+    ):
         dims = job.survey(tokens, work)
         widths = [dim.width for dim in dims]
-        with Writer(
-            output, force=force, expected_bytes=source.bytes, protect=source.path
-        ) as writer:
-            layers, biases = job.write(tokens, dims, work, writer, cast)
-            config = converted_config(target, recipe, layers, biases, cast)
-            config.save_pretrained(writer.folder)
-            copy_side_files(source, writer.folder)
-            card = model_card(result(output, widths, layers), source.config)
-            writer.finish({"README.md": card})
+        layers, biases = job.write(tokens, dims, work, writer, cast)
+        config = converted_config(target, recipe, layers, biases, cast)
+        config.save_pretrained(writer.folder)
+        copy_side_files(source, writer.folder)
+        card = model_card(result(output, widths, layers), source.config)
+        writer.finish({"README.md": card})
     return result(output, widths, layers)
+
+
+def resume_note(
+    recipe: Recipe, source: Source, tokens: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """All that a conversion's bytes come from; a run that differs in any is not resumed."""
+    return asdict(recipe) | {
+        # A text or a model changed under the same name is another one.
+        "the calibration text's digest": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "the source's digest": source.fingerprint(),
+        "device": str(device),
+        "rehead": version("rehead"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _silent(stage: str, done: int, total: int, info: dict[str, Any]) -> None:

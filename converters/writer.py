@@ -5,6 +5,7 @@ a hidden name beside its destination and is renamed when it is complete.
 """
 
 import errno
+import glob
 import json
 import os
 import secrets
@@ -103,6 +104,8 @@ class Writer:
         max_shard_bytes: the most a weight file holds, unless a single tensor is larger.
         expected_bytes: what will be written; more than the disk has free is refused at once.
         protect: a folder that must survive, the source: `output` may not be it or contain it.
+        folder: where the output grows, on the same disk; what a killed run has left there is
+            removed. None for a hidden name beside the output.
 
     Raises:
         InputError: `output` is in the way, or cannot be written, or there is no space left.
@@ -116,6 +119,7 @@ class Writer:
         max_shard_bytes: float = 5e9,
         expected_bytes: int = 0,
         protect: str | Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.output = Path(output).expanduser()
         self.force = force
@@ -123,6 +127,7 @@ class Writer:
         self._shards: list[Shard] = []
         self._names: set[str] = set()
         self._done = False
+        _put_back(self.output)
         check_output(self.output, force=force, protect=protect)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +137,9 @@ class Writer:
                     f"{self.output} needs {_gib(expected_bytes)}, and the disk has {_gib(free)} "
                     "free. Make room, or give another --output."
                 )
-            token = secrets.token_hex(4)
-            self.folder = self.output.with_name(f".{self.output.name}.partial-{token}")
+            self.folder = folder or _beside(self.output, "partial")
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
             self.folder.mkdir()
         except OSError as error:
             raise self._explain(error) from error
@@ -215,7 +221,7 @@ class Writer:
         check_output(self.output, force=self.force)
         old = None
         if self.output.exists():
-            old = self.folder.with_name(self.folder.name.replace(".partial-", ".old-"))
+            old = _beside(self.output, "old")
             self.output.rename(old)
         try:
             self.folder.rename(self.output)
@@ -253,6 +259,20 @@ def check_output(output: Path, *, force: bool, protect: str | Path | None = None
             f"{output} is not a model folder (no config.json), so --force does not replace it. "
             "Give another --output."
         )
+
+
+def _beside(output: Path, what: str) -> Path:
+    """A hidden name beside the output that nothing else has."""
+    return output.with_name(f".{output.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _put_back(output: Path) -> None:
+    """Undoes, or ends, a replacement of the output that was killed between its two renames."""
+    for old in output.parent.glob(f".{glob.escape(output.name)}.old-????????"):
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(output)
 
 
 def _encode(header: Mapping[str, Any]) -> bytes:
