@@ -23,7 +23,7 @@ from .job import Job, Progress
 from .memory import peak_rss_bytes
 from .model_card import model_card
 from .plan import parse_budget
-from .recipe import Conversion, LayerReport, Recipe
+from .recipe import Conversion, LayerReport, Recipe, odd_layers
 from .targets import ROPES, TARGETS, Target, target_of
 from .text import default_calibration_text, read_text, windows
 from .work import work_folder
@@ -140,6 +140,7 @@ def convert(
             seconds=time.monotonic() - began,
             peak_rss_bytes=peak_rss_bytes(),
             layers=layers,
+            warnings=odd_layers(layers),
             recipe=recipe,
         )
 
@@ -166,6 +167,8 @@ def convert(
         config = converted_config(target, recipe, layers, biases, cast)
         config.save_pretrained(writer.folder)
         copy_side_files(source, writer.folder)
+        writer.close()
+        job.verify(writer.folder, work, tokens, cast)
         card = model_card(result(output, widths, layers), source.config)
         writer.finish({"README.md": card})
     return result(output, widths, layers)

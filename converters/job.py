@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .checkpoint import Source
+from .errors import InputError
 from .families import Family
 from .healing import Form, has_fast_bfloat16, heal, output_error
 from .maps import AttentionMaps
@@ -20,6 +21,7 @@ from .recipe import LayerReport, Recipe
 from .refit import refit_output
 from .stream import LayerStream
 from .targets import Dims, Target
+from .verify import verify
 from .work import load, save
 from .writer import Writer
 
@@ -145,7 +147,8 @@ class Job:
             form, closed, error, source_parameters = load(file)
             tensors = form.state_dict(stream.attention_factor**2)
             for name, tensor in tensors.items():
-                writer.add(self.family.prefix(layer) + name, tensor.to(dtype))
+                name = self.family.prefix(layer) + name
+                writer.add(name, cast(name, tensor, dtype))
             biases = form.biases()
             parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
             reports.append(
@@ -163,9 +166,15 @@ class Job:
         prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
         for name in self.source.names():
             if not name.startswith(prefixes):
-                tensor = self.source.tensor(name)
-                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                writer.add(name, cast(name, self.source.tensor(name), dtype))
         return reports, biases
+
+    def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
+        """Raises unless the folder computes, layer by layer, what the layers were fitted to."""
+        forms = (load(work / f"fitted-{i:04d}.pt")[0] for i in range(self.layers))
+        found = verify(folder, self.family, forms, tokens, dtype, self.device)
+        for layer, off in enumerate(found, 1):
+            self.progress("verify", layer, self.layers, {"off by": off})
 
     def _fit(self, layer: int, form: Form, seen: Activations) -> tuple[Form, float, float]:
         """(the form, the error of its closed form, and the one that is left)."""
@@ -189,6 +198,24 @@ class Job:
 
     def _generator(self, layer: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype, if it is one of floating-point numbers.
+
+    Raises:
+        InputError: it has a value too large for the dtype.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} has a value of {float(tensor.abs().max()):.3g}, which {kind} cannot hold. "
+            "Give --dtype bfloat16 or float32."
+        )
+    return found
 
 
 def hold_out(seen: Sequences) -> tuple[Sequences, Sequences]:

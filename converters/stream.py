@@ -142,4 +142,13 @@ class LayerStream:
             for name in module.state_dict()
         }
         module.load_state_dict(weights, assign=True)
+        for parameter in module.parameters():
+            # As transformers marks what it has loaded.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        for part in module.modules():
+            computed = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
+            for buffer in computed:  # not stored: the model's own class fills them
+                setattr(part, buffer, torch.empty_like(getattr(part, buffer), device=self.device))
+            if computed:
+                self.skeleton._init_weights(part)
         return module

@@ -22,7 +22,7 @@ OF_DTYPE = 3.0
 
 
 class WrittenWrongly(RuntimeError):
-    """The folder does not compute what its layers were fitted to: a fault of ours, not bad input."""
+    """The folder does not compute what its layers were fitted to: a fault of ours."""
 
 
 @torch.no_grad()
