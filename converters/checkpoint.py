@@ -19,27 +19,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .errors import InputError, one_line
+from .folder import SIDE_FILES, check_folder
 from .shards import Entry, read_entries, read_json
 from .writer import Writer
 
 __all__ = ["Source", "Writer", "copy_side_files", "locate", "open_source"]
 
-# Everything beside the weights that a folder needs to be used. Never weights, never code.
-SIDE_FILES = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+# Beyond it, building a model's skeleton from its config alone takes long.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -119,6 +106,12 @@ def open_source(model: str | Path, *, cache_dir: str | Path | None = None) -> So
     path = locate(model, cache_dir=cache_dir)
     config = read_config(path)
     source = Source(path=path, config=config, entries=read_entries(path))
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(source.entries):
+        raise InputError(
+            f"{path / 'config.json'} asks for {layers} layers, and there are "
+            f"{len(source.entries)} tensors. They do not belong together."
+        )
     _check_weights(source)
     return source
 
@@ -127,6 +120,7 @@ def locate(model: str | Path, *, cache_dir: str | Path | None = None) -> Path:
     """The Hugging Face folder of a folder, a hub id or a `.gguf` file."""
     path = Path(model).expanduser()
     if path.is_dir():
+        check_folder(path)
         return path
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -168,6 +162,7 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
             f"{name} is no file or folder here, and the hub could not be reached for it "
             f"({one_line(error, 120)}). Give a folder or a .gguf file."
         ) from error
+    check_folder(Path(folder))
     return Path(folder)
 
 
@@ -186,6 +181,9 @@ def read_config(path: Path) -> PretrainedConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{file} names no model_type, so the model's family is unknown.")
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if isinstance(content.get(name), int) and content[name] > MOST_LAYERS:
+            raise InputError(f"{file} asks for {content[name]} layers, beyond any model's.")
     if content.get("quantization_config"):
         method = re.search(r'"quant_method": "(\w+)"', json.dumps(content["quantization_config"]))
         raise InputError(
