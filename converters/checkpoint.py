@@ -69,7 +69,11 @@ class Source:
         return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, in its stored dtype, in memory of its own."""
+        """The tensor of that name, in its stored dtype, in memory of its own.
+
+        Raises:
+            InputError: there is none, or it cannot be read, or holds what is no number.
+        """
         entry = self._entry(name)
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
@@ -83,7 +87,14 @@ class Source:
                     view = view[count:]
         except OSError as error:
             raise InputError(f"cannot read {entry.file}: {error.strerror or error}.") from error
-        return data.view(entry.dtype).reshape(entry.shape)
+        tensor = data.view(entry.dtype).reshape(entry.shape)
+        numbers = tensor.numel() and tensor.is_floating_point() and entry.dtype.itemsize > 1
+        if numbers and not all(end.isfinite() for end in tensor.aminmax()):  # NaN is both ends
+            raise InputError(
+                f"{entry.file}: {name} holds values that are not finite. The checkpoint is "
+                "damaged; download it again."
+            )
+        return tensor
 
     def _entry(self, name: str) -> Entry:
         try:

@@ -6,6 +6,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 import hashlib
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +80,8 @@ def convert(
         rope: "decoupled" or "on-read", of MLA.
         uniform_rank: give every layer the same dims.
         native: and the same frequencies, which is what transformers' own MLA classes can hold.
-        dtype: of the weights written; None for the source's.
+        dtype: of the weights written; None for the source's, where every weight that stays keeps
+            its own.
         kv_lora_rank, qk_rope_head_dim, num_key_value_heads, head_dim: explicit dims of the form
             that has them, instead of a budget.
         q_lora_rank: give MLA's queries a low rank too.
@@ -163,7 +165,7 @@ def convert(
     ):
         dims = job.survey(tokens, work)
         widths = [dim.width for dim in dims]
-        layers, biases = job.write(tokens, dims, work, writer, cast)
+        layers, biases = job.write(tokens, dims, work, writer, cast, dtype is not None)
         config = converted_config(target, recipe, layers, biases, cast)
         config.save_pretrained(writer.folder)
         copy_side_files(source, writer.folder)
@@ -246,8 +248,13 @@ def target_device(name: str) -> torch.device:
 
 
 def target_dtype(name: str | None, source: Source) -> torch.dtype:
+    """The dtype of that name; for None the one that most of the source is stored in."""
     if name is None:
-        return source.dtype(next(n for n in source.names() if n.endswith("weight")))
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in source.entries.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] += entry.nbytes
+        return sizes.most_common(1)[0][0]
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise InputError(f"--dtype {name} is unknown. Use float32, bfloat16, float16 or float64.")

@@ -59,6 +59,9 @@ class Job:
     def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
         """Every layer's moments, kept in `work`, and the dims the budget buys."""
         # What moments and choices take from the text is coarser than bfloat16.
+        for name in self.source.names():
+            if not name.startswith(f"{self.family.layers}."):
+                self.source.tensor(name)  # what is only copied, at the end: damage is told now
         stream = self._stream(tokens[:SURVEY_SEQUENCES], has_fast_bfloat16(self.device))
         curves, shares = [], []
         for layer in range(self.layers):
@@ -124,8 +127,12 @@ class Job:
         work: Path,
         writer: Writer,
         dtype: torch.dtype,
+        everything: bool,
     ) -> tuple[list[LayerReport], dict[str, bool]]:
         """Fits every layer to its dims, heals it, and writes it and all that stays.
+
+        Args:
+            dtype: of the attention, and with `everything` of what stays too.
 
         Returns:
             A report of every layer, and which projections have a bias.
@@ -166,7 +173,8 @@ class Job:
         prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
         for name in self.source.names():
             if not name.startswith(prefixes):
-                writer.add(name, cast(name, self.source.tensor(name), dtype))
+                tensor = self.source.tensor(name)
+                writer.add(name, cast(name, tensor, dtype) if everything else tensor)
         return reports, biases
 
     def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:

@@ -51,6 +51,11 @@ class LayerStream:
             ).eval()
         # Built off the meta device: its frequencies are computed, not loaded.
         self.rotary = type(self.skeleton.base_model.rotary_emb)(config).to(self.device)
+        if not self.inv_freq.isfinite().all():
+            raise InputError(
+                f"{self.source.path / 'config.json'} gives rotary frequencies that are no finite "
+                "numbers (rope_parameters)."
+            )
 
     @property
     def inv_freq(self) -> Float[Tensor, " P"]:
@@ -68,12 +73,6 @@ class LayerStream:
             for name in self.source.names()
             if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
         }
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(
-                    f"{self.source.path}: {prefix}{name} holds values that are not finite. The "
-                    "checkpoint is damaged; download it again."
-                )
         return self.family.read(self.source.config, tensors, self.inv_freq, self.attention_factor)
 
     @torch.no_grad()
@@ -109,6 +108,11 @@ class LayerStream:
         finally:
             handle.remove()
             module.to("meta")
+        if not (self.hidden.isfinite().all() and y.isfinite().all()):
+            raise InputError(
+                f"{self.source.path}: layer {layer} gives values that are not finite on the "
+                "calibration text. The checkpoint is damaged, or is not that of its config.json."
+            )
         return Activations(x, y, weights)
 
     def _rows(self) -> Iterator[slice]:

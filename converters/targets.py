@@ -65,6 +65,7 @@ class Target(ABC):
     most: int
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        _check_heads(config)
         self.config, self.recipe = config, recipe
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -354,6 +355,28 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
         flag = "--native" if recipe.native else f"--rope {recipe.rope}"
         raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
     return target(config, recipe)
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """Raises unless there are layers, and heads that can share and rotate."""
+    layers, heads, groups = (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    if layers < 1:
+        raise InputError(f"config.json asks for {layers} layers: there is nothing to convert.")
+    if heads < 1 or groups < 1 or heads % groups:
+        raise InputError(
+            f"config.json asks for {heads} query heads on {groups} KV heads, which cannot share "
+            "them evenly."
+        )
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if width < 2 or width % 2:
+        raise InputError(
+            f"config.json asks for heads of width {width}. Rotary embedding turns pairs, so it "
+            "must be even."
+        )
 
 
 def _without_windows(fields: dict[str, Any]) -> dict[str, Any]:
