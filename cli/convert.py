@@ -40,7 +40,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="MLA, MFA: rotated dims of the key. Overrides the budget.",
+            help="MLA, MFA: rotated dims of the key. Overrides the budget. "
+            "[dim]On-read they cost none of it; 0 rotates every key whole.[/]",
             rich_help_panel=SIZE,
         ),
     ] = None,

@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,19 +104,26 @@ class Source:
             raise InputError(f"{self.path} has no tensor {name}.") from None
 
 
-def open_source(model: str | Path, *, cache_dir: str | Path | None = None) -> Source:
+def open_source(
+    model: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    accept: Callable[[PretrainedConfig], object] = lambda config: None,
+) -> Source:
     """The checkpoint that `model` names, checked whole.
 
     Args:
         model: a folder, a hub id or a `.gguf` file.
         cache_dir: where a `.gguf` file's folder and the hub's files are kept; None for
             `$REHEAD_CACHE`, or `rehead` under the user's cache folder, and the hub's own cache.
+        accept: is shown the config before the weights are looked at, and may raise.
 
     Raises:
         InputError: there is no such model, or it cannot be read as it stands.
     """
     path = locate(model, cache_dir=cache_dir)
     config = read_config(path)
+    accept(config)
     source = Source(path=path, config=config, entries=read_entries(path))
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(source.entries):
@@ -123,8 +131,7 @@ def open_source(model: str | Path, *, cache_dir: str | Path | None = None) -> So
             f"{path / 'config.json'} asks for {layers} layers, and there are "
             f"{len(source.entries)} tensors. They do not belong together."
         )
-    _check_weights(source)
-    return source
+    return _checked(source)
 
 
 def locate(model: str | Path, *, cache_dir: str | Path | None = None) -> Path:
@@ -212,13 +219,20 @@ def read_config(path: Path) -> PretrainedConfig:
         raise InputError(f"{file} does not describe a model: {one_line(error)}") from error
 
 
-def _check_weights(source: Source) -> None:
-    """Raises unless the weights are those of the config: the model is built without memory."""
+def _checked(source: Source) -> Source:
+    """The source with its weights by the names of its language model's.
+
+    The model of the config is built without memory. A checkpoint of the base model alone, whose
+    head is tied to the embeddings, lacks the prefix that the language model gives it.
+
+    Raises:
+        InputError: the weights are not those of the config.
+    """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     config = source.config
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
-        return  # transformers renames such a family's weights as it loads them
+        return source  # transformers puts such a family's weights together as it loads them
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -227,10 +241,26 @@ def _check_weights(source: Source) -> None:
             f"{source.path} does not describe a causal language model: {one_line(error)}"
         ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in source.entries):
+        entries = {n if n in expected else prefix + n: e for n, e in source.entries.items()}
+        source = replace(source, entries=entries)
     for target, origin in dict(model.all_tied_weights_keys).items():
         # A tied pair may be stored under either name or under both.
         expected.pop(origin if target in source and origin not in source else target)
-    _compare(source, expected)
+    renames = get_checkpoint_conversion_mapping(type(model).__name__) or []
+    _compare(replace(source, entries=_renamed(source.entries, renames)), expected)
+    return source
+
+
+def _renamed(entries: Mapping[str, Entry], renames: Iterable[Any]) -> dict[str, Entry]:
+    """The entries by the names that transformers loads them under."""
+    found = {}
+    for name, entry in entries.items():
+        for rename in renames:
+            name = re.sub(rename.source_patterns[0], rename.target_patterns[0], name)
+        found[name] = entry
+    return found
 
 
 def _compare(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:

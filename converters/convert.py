@@ -116,7 +116,7 @@ def convert(
         uniform=uniform_rank or native,
         native=native,
     )
-    source = open_source(model)
+    source = open_source(model, accept=family_of)
     output = Path(output).expanduser()
     check_output(output, force=force, protect=source.path)
     family = family_of(source.config)

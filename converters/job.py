@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,9 +102,9 @@ class Job:
             form = build(target.dims(width, share))
             return output_error(refit_output(form, few), measured).absolute
 
-        at_mean = {share: error(target.width, share) for share in target.splits}
-        share = min(at_mean, key=at_mean.__getitem__)
-        curve = {target.width: at_mean[share]}
+        at_mean = cache(partial(error, target.width))
+        share = target.choose(at_mean)
+        curve = {target.width: at_mean(share)}
         if not self.recipe.uniform:
             for ratio in TRIED_WIDTHS:
                 width = min(max(target.least, round(ratio * target.width)), target.most)
@@ -152,7 +153,10 @@ class Job:
                 before = sum(t.numel() for t in vars(maps).values() if isinstance(t, Tensor))
                 save(file, (*self._fit(layer, form, seen), before - maps.inv_freq.numel()))
             form, closed, error, source_parameters = load(file)
-            tensors = form.state_dict(stream.attention_factor**2)
+            if self.target.stock:
+                tensors = self.family.write(form.expand(), stream.attention_factor)
+            else:
+                tensors = form.state_dict(stream.attention_factor**2)
             for name, tensor in tensors.items():
                 name = self.family.prefix(layer) + name
                 writer.add(name, cast(name, tensor, dtype))

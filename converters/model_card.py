@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from .recipe import Conversion
-from .targets import TARGETS
+from .targets import TARGETS, is_stock
 
 
 def model_card(done: Conversion, source: PretrainedConfig) -> str:
@@ -23,7 +23,7 @@ def model_card(done: Conversion, source: PretrainedConfig) -> str:
     named = recipe.source.count("/") == 1 and recipe.source[0] not in "./~"
     base = f"base_model: {recipe.source}\n" if named and not Path(recipe.source).exists() else ""
     rope = f"rope {recipe.rope}, " if done.form == "mla" else ""
-    stock = TARGETS[done.form].stock
+    stock = is_stock(done.form, source)
     loading = "" if stock else ", trust_remote_code=True"
     note = (
         "It is the family's own class, which every engine loads."

@@ -28,6 +28,7 @@ class RopeSplit:
         k_nope: what the kept components leave of the keys.
         rope_pairs: frequency index of each kept component.
         removed: J-weighted squared score error that each dropped component costs, in total.
+        synthesis: the rotated key's part in all keys, whose transpose takes their gradients to its.
     """
 
     q_rope: Float[Tensor, "H R D"]
@@ -36,6 +37,7 @@ class RopeSplit:
     k_nope: Float[Tensor, "G E D"]
     rope_pairs: tuple[int, ...]
     removed: float
+    synthesis: Float[Tensor, "R GE"]
     q_rope_bias: Float[Tensor, "H R"] | None = None
     k_rope_bias: Float[Tensor, " R"] | None = None
     q_nope_bias: Float[Tensor, "H E"] | None = None
@@ -43,8 +45,9 @@ class RopeSplit:
 
 @dataclass(frozen=True)
 class Components:
-    """All G*P rotated components of a layer, by falling cost of dropping their rotation.
+    """All rotated components of a layer, G of every frequency, by falling cost of dropping theirs.
 
+    A pair of frequency 0 has no rotation to keep: its components are position-free as they are.
     Component j of frequency f is z = analysis[j] . k_f over KV heads, and k_f = sum_j synthesis[j]
     z_j: any complex-linear mix of pairs of one frequency commutes with RoPE.
     """
@@ -100,13 +103,16 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
     weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
     found = []
-    for pair in range(keys.shape[1]):
+    for pair in maps.inv_freq.nonzero().flatten().tolist():
         k, d = keys[:, pair], weight[:, pair]
         values, vectors = torch.linalg.eigh(d[:, None] * (k @ moment @ k.mH) * d)
         for j in range(groups):
             u = vectors[:, j]
             u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
             found.append((float(values[j]), pair, u.conj() * d, u / d))
+    if not found:
+        none = keys.new_zeros(0, groups)
+        return Components(moment.real.new_zeros(0), (), none, none)
     found.sort(key=lambda item: (-item[0], item[1]))
     cost, pairs, analysis, synthesis = zip(*found, strict=True)
     return Components(
@@ -144,10 +150,21 @@ def split_rope(
         k_nope=_real(rest)[..., :-1],  # its bias shifts all scores of a query alike: no effect
         rope_pairs=components.pair[:count],
         removed=float(components.cost[count:].sum()),
+        synthesis=_synthesis(components, count, half),
         q_rope_bias=q_rot[..., -1] if has_q else None,
         k_rope_bias=k_rot[..., -1] if has_k else None,
         q_nope_bias=q_nope_bias,
     )
+
+
+def _synthesis(components: Components, count: int, half: int) -> Float[Tensor, "R GE"]:
+    """Row j: how much of each head's real and imaginary parts the rotated dim j is."""
+    kept, groups = components.synthesis[:count], components.synthesis.shape[1]
+    found = kept.real.new_zeros(2, count, groups, 2, half)
+    for j, pair in enumerate(components.pair[:count]):
+        found[0, j, :, 0, pair], found[0, j, :, 1, pair] = kept[j].real, kept[j].imag
+        found[1, j, :, 0, pair], found[1, j, :, 1, pair] = -kept[j].imag, kept[j].real
+    return found.flatten(2).flatten(0, 1)
 
 
 def position_free_queries(

@@ -41,7 +41,7 @@ class LayerStream:
     low_precision: bool = False
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
-    rotary: nn.Module = field(init=False, repr=False)
+    rotary: nn.Module | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         config = self.source.config
@@ -50,7 +50,12 @@ class LayerStream:
                 config, trust_remote_code=False, attn_implementation="sdpa", dtype=torch.float32
             ).eval()
         # Built off the meta device: its frequencies are computed, not loaded.
-        self.rotary = type(self.skeleton.base_model.rotary_emb)(config).to(self.device)
+        rotary = getattr(self.skeleton.base_model, "rotary_emb", None)
+        self.rotary = None
+        if rotary is not None:
+            self.rotary = type(rotary)(config).to(self.device)
+            # Converted models hand more than angles to their layers.
+            self.rotary._forward_hooks.update(rotary._forward_hooks)
         if not self.inv_freq.isfinite().all():
             raise InputError(
                 f"{self.source.path / 'config.json'} gives rotary frequencies that are no finite "
@@ -58,7 +63,10 @@ class LayerStream:
             )
 
     @property
-    def inv_freq(self) -> Float[Tensor, " P"]:
+    def inv_freq(self) -> Float[Tensor, " R2"]:
+        """Of the rotated pairs; of a model without RoPE none."""
+        if self.rotary is None:
+            return torch.zeros(0, dtype=torch.float64, device=self.device)
         return self.rotary.get_buffer("inv_freq").double()
 
     @property
@@ -71,7 +79,7 @@ class LayerStream:
         tensors = {
             name.removeprefix(prefix): self.source.tensor(name).to(self.device)
             for name in self.source.names()
-            if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+            if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
         }
         return self.family.read(self.source.config, tensors, self.inv_freq, self.attention_factor)
 
@@ -83,6 +91,7 @@ class LayerStream:
         module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
         x, y = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
         weights = self.hidden.new_empty(self.tokens.shape)
+        parallel = self.family.parallel(self.source.config)
         seen: list[tuple[Tensor, Tensor]] = []
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
@@ -95,16 +104,16 @@ class LayerStream:
             for rows in self._rows():
                 batch = self.hidden[rows].to(self.device)
                 positions = torch.arange(batch.shape[1], device=self.device)[None]
+                given = {"attention_mask": None, "position_ids": positions}
+                if self.rotary is not None:
+                    given["position_embeddings"] = self.rotary(batch, positions)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-                    out = module(
-                        batch,
-                        attention_mask=None,
-                        position_ids=positions,
-                        position_embeddings=self.rotary(batch, positions),
-                    )
+                    out = module(batch, **given)
+                out = (out[0] if isinstance(out, tuple) else out).cpu()
                 x[rows], y[rows] = seen.pop()
-                weights[rows] = 1 / (self.hidden[rows] + y[rows]).square().sum(-1).clamp_min(1e-12)
-                self.hidden[rows] = (out[0] if isinstance(out, tuple) else out).cpu()
+                stream = out if parallel else self.hidden[rows] + y[rows]
+                weights[rows] = 1 / stream.square().sum(-1).clamp_min(1e-12)
+                self.hidden[rows] = out
         finally:
             handle.remove()
             module.to("meta")
@@ -126,7 +135,13 @@ class LayerStream:
         module = base.get_input_embeddings()
         name = next(n for n, m in self.skeleton.named_modules() if m is module)
         table = self.source.tensor(self._stored(f"{name}.weight")).float()
-        return nn.functional.embedding(self.tokens, table)
+        hidden = nn.functional.embedding(self.tokens, table)
+        hidden *= self.family.embed_scale(self.source.config)
+        if self.family.positions is not None:
+            first = self.family.first_position
+            table = self.source.tensor(f"{self.family.positions}.weight").float()
+            hidden += table[first : first + hidden.shape[1]]
+        return hidden
 
     def _stored(self, name: str) -> str:
         """A tied pair may be stored under either name."""
@@ -142,8 +157,8 @@ class LayerStream:
     def _load(self, module: nn.Module, layer: int) -> nn.Module:
         prefix = f"{self.family.layers}.{layer}."
         weights = {
-            name: self.source.tensor(prefix + name).to(self.device, torch.float32)
-            for name in module.state_dict()
+            name: self._weight(prefix, name, like.shape).to(self.device, torch.float32)
+            for name, like in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
         for parameter in module.parameters():
@@ -156,3 +171,23 @@ class LayerStream:
             if computed:
                 self.skeleton._init_weights(part)
         return module
+
+    def _weight(self, prefix: str, name: str, shape: torch.Size) -> Tensor:
+        """A tensor of a layer's module; all experts' are put together from each one's."""
+        experts = self.family.experts
+        if experts is None or prefix + name in self.source:
+            return self.source.tensor(prefix + name)
+        owner, _, last = name.replace("mlp.", f"{experts.block}.", 1).rpartition(".")
+        if last not in experts.parts:
+            return self.source.tensor(f"{prefix}{owner}.{last}")
+        return torch.stack(
+            [
+                torch.cat(
+                    [
+                        self.source.tensor(f"{prefix}{owner}.{expert}.{part}.weight")
+                        for part in experts.parts[last]
+                    ]
+                )
+                for expert in range(shape[0])
+            ]
+        )

@@ -14,11 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .. import modeling
 from .budget import Budget
 from .errors import InputError
+from .families import FAMILIES, head_dim, kv_heads
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
 from .maps import AttentionMaps
 from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
 from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
-from .plan import TRIED_SPLITS, LayerDims, split_width
+from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
 from .rope_split import rope_components, shared_rope_pairs
 
@@ -45,6 +46,7 @@ class Target(ABC):
         default_budget: the share of the source's cache that is kept when nothing is said.
         stock: the family's own class holds it.
         source: numbers the source caches per token and layer.
+        keys, rotatable: how many of them are keys', and how many of those are rotated.
         width: mean width of the converted cache.
         least, most: the narrowest and the widest cache of a layer.
         splits: the shares of a layer's width that are tried as rotated dims.
@@ -55,7 +57,7 @@ class Target(ABC):
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
     default_budget: ClassVar[float] = 0.5
-    stock: ClassVar[bool] = False
+    stock: bool = False
     splits: Sequence[float] = (0.0,)
     fixed: Sequence[Dims] | None = None
     refits: bool = True
@@ -68,9 +70,9 @@ class Target(ABC):
         _check_heads(config)
         self.config, self.recipe = config, recipe
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
         self.keys = self.kv_heads * self.head_dim
+        self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
 
@@ -87,6 +89,10 @@ class Target(ABC):
     @abstractmethod
     def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
         """The closed form of one layer for any dims."""
+
+    def choose(self, error: Callable[[float], float]) -> float:
+        """The share of a layer's width to rotate, by the error of any share at mean width."""
+        return min(self.splits, key=error)
 
     def finish(
         self, form: Any, x: Float[Tensor, "N T D"], error: float, generator: torch.Generator
@@ -122,14 +128,42 @@ class MLATarget(Target):
         self.on_read = recipe.rope == "on-read"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
+        if self.on_read and not self.rotatable:
+            raise InputError(
+                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
+                "Leave out --rope on-read."
+            )
+        queries = recipe.q_lora_rank
+        if queries is not None and not 1 <= queries <= config.hidden_size:
+            raise InputError(
+                f"q_lora_rank={queries} must be at least 1 and at most {config.hidden_size}, the "
+                "rank that the queries have."
+            )
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
-        self.least = 1 if self.on_read else 3
-        self.most = self.budget.rank if self.on_read else self.source
-        self.splits = (0.0,) if self.on_read else TRIED_SPLITS
+        self.least = 3 if self.rotatable and not self.on_read else 1
+        self.most = self.budget.most
+        if self.on_read:
+            self.splits = READ_SPLITS
+            if recipe.qk_rope_head_dim is not None:
+                self.splits = (recipe.qk_rope_head_dim / self.rotatable or 1.0,)
+            if recipe.kv_lora_rank is not None:
+                self.least = self.most = self.width
+        elif self.rotatable:
+            self.splits = TRIED_SPLITS
 
     def dims(self, width: int, share: float) -> LayerDims:
-        return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        if not self.on_read:
+            return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        # A component of each head's each frequency would be every key, in a dearer layout.
+        rotated = 2 * round(share * self.rotatable / 2) if share < 1 else 0
+        return LayerDims(min(width, self.budget.rank), rotated, on_read=True)
+
+    def choose(self, error: Callable[[float], float]) -> float:
+        if not self.on_read or len(self.splits) == 1:
+            return super().choose(error)
+        most = READ_MARGIN * error(1.0)
+        return next((share for share in self.splits if error(share) <= most), 1.0)
 
     def moments(self, maps, x, generator) -> MLAMoments:
         return mla_moments(maps, x, generator, self.on_read)
@@ -157,7 +191,7 @@ class MLATarget(Target):
             qk_nope_head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             q_lora_rank=self.recipe.q_lora_rank,
-            rope_pairs=None if self.on_read else [list(layer.rope_pairs) for layer in layers],
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
             architectures=[causal_lm.__name__],
         )
@@ -181,6 +215,7 @@ class GQATarget(Target):
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
+        self.stock = is_stock(recipe.form, config)
         if recipe.pooling not in (None, *POOLINGS):
             raise InputError(f"--pooling {recipe.pooling} is unknown. Use {' or '.join(POOLINGS)}.")
         divisors = [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
@@ -221,7 +256,10 @@ class GQATarget(Target):
         return lambda dims: to_gqa(maps, moments, dims.num_key_value_heads, pooling)
 
     def config_of(self, layers, fields) -> PretrainedConfig:
-        """The family's own class, that any engine loads."""
+        """The family's own class, that any engine loads, where it knows fewer KV heads."""
+        if not self.stock:
+            config_class, _, causal_lm = modeling.GQA_CLASSES[self.config.model_type]
+            return config_class(**fields | layers[0].dims, architectures=[causal_lm.__name__])
         # The stock class has one flag for biases, and the form has them where the source does.
         fields = {k: v for k, v in fields.items() if k not in ("q_bias", "k_bias", "o_bias")}
         fields.pop("v_bias", None)
@@ -261,13 +299,14 @@ class MFATarget(Target):
                 f"{self.most // self.caches}, beyond which nothing is gained."
             )
         self.width = self.caches * head_dim
-        if rotated is not None and (rotated % 2 or not 0 <= rotated <= min(head_dim, self.keys)):
+        most = min(head_dim, self.rotatable)
+        if rotated is not None and (rotated % 2 or not 0 <= rotated <= most):
             raise InputError(
-                f"--qk-rope-head-dim {rotated} must be even and at most "
-                f"{min(head_dim, self.keys)}, the width of the key head."
+                f"--qk-rope-head-dim {rotated} must be even and at most {most}, what may be "
+                "rotated of the key head."
             )
-        if rotated is not None:
-            self.splits = (rotated / head_dim,)
+        if not self.rotatable or rotated is not None:
+            self.splits = ((rotated or 0) / head_dim,)
         if self.width >= self.most:
             self.fixed = [self.dims(self.most, 1.0)] * config.num_hidden_layers
         elif recipe.head_dim is not None and rotated is not None:
@@ -275,8 +314,9 @@ class MFATarget(Target):
             self.fixed = [fixed] * config.num_hidden_layers
 
     def _widest(self) -> int:
-        """From here on nothing is lost: all keys rotated, and all values."""
-        return 2 * self.keys
+        """From here on nothing is lost: all that is rotated, all other keys, and all values."""
+        free = min(self.keys - self.rotatable, self.config.hidden_size)
+        return 2 * (self.rotatable + free + free % 2)
 
     def _check_growth(self, head_dim: int) -> None:
         hidden = self.config.hidden_size
@@ -291,7 +331,7 @@ class MFATarget(Target):
 
     def dims(self, width: int, share: float) -> MFADims:
         head_dim = min(width, self.most) // (2 * self.caches) * 2
-        rotated = min(2 * round(share * head_dim / 2), self.keys, head_dim)
+        rotated = min(2 * round(share * head_dim / 2), self.rotatable, head_dim)
         return MFADims(head_dim, rotated, self.key_reuse)
 
     def moments(self, maps, x, generator) -> MLAMoments:
@@ -325,8 +365,9 @@ class MFAKRTarget(MFATarget):
     splits = TRIED_SPLITS
 
     def _widest(self) -> int:
-        """All keys rotated, and as many directions for the values, or for the whole input."""
-        return min(2 * self.keys, self.keys + self.config.hidden_size)
+        """All that is rotated, and directions for the rest, or for the whole input."""
+        free = min(2 * self.keys - self.rotatable, self.config.hidden_size)
+        return self.rotatable + free + free % 2
 
 
 TARGETS: dict[str, type[Target]] = {
@@ -336,6 +377,11 @@ TARGETS: dict[str, type[Target]] = {
     "mfa": MFATarget,
     "mfa-kr": MFAKRTarget,
 }
+
+
+def is_stock(form: str, config: PretrainedConfig) -> bool:
+    """Whether the family's own class holds a form."""
+    return TARGETS[form].stock and hasattr(config, "num_key_value_heads")
 
 
 def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
@@ -359,11 +405,7 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
 
 def _check_heads(config: PretrainedConfig) -> None:
     """Raises unless there are layers, and heads that can share and rotate."""
-    layers, heads, groups = (
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
+    layers, heads, groups = config.num_hidden_layers, config.num_attention_heads, kv_heads(config)
     if layers < 1:
         raise InputError(f"config.json asks for {layers} layers: there is nothing to convert.")
     if heads < 1 or groups < 1 or heads % groups:
@@ -371,7 +413,7 @@ def _check_heads(config: PretrainedConfig) -> None:
             f"config.json asks for {heads} query heads on {groups} KV heads, which cannot share "
             "them evenly."
         )
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = head_dim(config)
     if width < 2 or width % 2:
         raise InputError(
             f"config.json asks for heads of width {width}. Rotary embedding turns pairs, so it "

@@ -1,54 +1,62 @@
 """Hugging Face classes of the converted forms, registered with the Auto classes on import."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
 
-from .llama_mfa import LlamaMFAConfig, LlamaMFAForCausalLM, LlamaMFAModel
-from .llama_mla import LlamaMLAConfig, LlamaMLAForCausalLM, LlamaMLAModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .gqa import GQAAttention
 from .mfa import MFAAttention
-from .mistral_mfa import MistralMFAConfig, MistralMFAForCausalLM, MistralMFAModel
-from .mistral_mla import MistralMLAConfig, MistralMLAForCausalLM, MistralMLAModel
 from .mla import MLAAttention
-from .qwen2_mfa import Qwen2MFAConfig, Qwen2MFAForCausalLM, Qwen2MFAModel
-from .qwen2_mla import Qwen2MLAConfig, Qwen2MLAForCausalLM, Qwen2MLAModel
 
-__all__ = [
-    "MFA_CLASSES",
-    "MLA_CLASSES",
-    "LlamaMFAConfig",
-    "LlamaMFAForCausalLM",
-    "LlamaMFAModel",
-    "LlamaMLAConfig",
-    "LlamaMLAForCausalLM",
-    "LlamaMLAModel",
-    "MFAAttention",
-    "MLAAttention",
-    "MistralMFAConfig",
-    "MistralMFAForCausalLM",
-    "MistralMFAModel",
-    "MistralMLAConfig",
-    "MistralMLAForCausalLM",
-    "MistralMLAModel",
-    "Qwen2MFAConfig",
-    "Qwen2MFAForCausalLM",
-    "Qwen2MFAModel",
-    "Qwen2MLAConfig",
-    "Qwen2MLAForCausalLM",
-    "Qwen2MLAModel",
-]
-
-# By the source's model_type: config, model, model with a language head.
-MLA_CLASSES = {
-    "llama": (LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM),
-    "mistral": (MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM),
-    "qwen2": (Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM),
-}
-MFA_CLASSES = {
-    "llama": (LlamaMFAConfig, LlamaMFAModel, LlamaMFAForCausalLM),
-    "mistral": (MistralMFAConfig, MistralMFAModel, MistralMFAForCausalLM),
-    "qwen2": (Qwen2MFAConfig, Qwen2MFAModel, Qwen2MFAForCausalLM),
+# By the source's model_type, which is also the name of the module: what its classes' names begin
+# with. A family's classes are <Family><Form>Config, ...Model and ...ForCausalLM.
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "phi3": "Phi3",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "stablelm": "StableLm",
+    "phi": "Phi",
+    "gpt_neox": "GPTNeoX",
+    "olmo": "Olmo",
+    "gemma": "Gemma",
+    "gpt2": "GPT2",
+    "opt": "OPT",
+    "seed_oss": "SeedOss",
 }
 
-for _config, _model, _causal_lm in (*MLA_CLASSES.values(), *MFA_CLASSES.values()):
+Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
+
+
+def _classes(form: str) -> dict[str, Classes]:
+    """By the source's model_type: config, model, model with a language head."""
+    found = {}
+    for family, prefix in FAMILIES.items():
+        module = import_module(f".{family}", __name__)
+        if not hasattr(module, f"{prefix}{form}Config"):
+            continue  # GQA, where the family's own class can hold it
+        config, model, causal_lm = (
+            getattr(module, f"{prefix}{form}{kind}") for kind in ("Config", "Model", "ForCausalLM")
+        )
+        found[family] = config, model, causal_lm
+    return found
+
+
+MLA_CLASSES = _classes("MLA")
+MFA_CLASSES = _classes("MFA")
+GQA_CLASSES = _classes("GQA")
+_ALL = (*MLA_CLASSES.values(), *MFA_CLASSES.values(), *GQA_CLASSES.values())
+
+__all__ = ["GQA_CLASSES", "MFA_CLASSES", "MLA_CLASSES"]
+__all__ += ["GQAAttention", "MFAAttention", "MLAAttention"]
+
+for _config, _model, _causal_lm in _ALL:
+    for _class in (_config, _model, _causal_lm):
+        globals()[_class.__name__] = _class
+        __all__ += [_class.__name__]
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)

@@ -3,13 +3,18 @@
 B batch, T query tokens, S tokens in the cache, H query heads, d_r width of the rotated dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .rope_slots import rotate
+
+# Position embeddings where layers are given none.
+NO_ROPE: Any = (None, None, None)
 
 
 class ConvertedAttention(nn.Module):
@@ -102,17 +107,3 @@ class ConvertedAttention(nn.Module):
             scores = scores + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
         return nn.functional.softmax(scores, dim=-1, dtype=wide).to(dtype)
-
-
-class ConvertedModelMixin(PreTrainedModel):
-    """What a family's converted classes need beyond the family's own."""
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, ConvertedAttention):
-            module.init_own()
-
-
-def recorded_outputs(decoder_layer: type[nn.Module]) -> dict[str, type[nn.Module]]:
-    """Where `output_hidden_states` and `output_attentions` are recorded."""
-    return {"hidden_states": decoder_layer, "attentions": ConvertedAttention}

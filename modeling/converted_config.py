@@ -14,10 +14,15 @@ class ConvertedConfigMixin(PreTrainedConfig):
     """
 
     form_name: ClassVar[str] = ""
+    # What the family's layers call their attention.
+    attention_name: ClassVar[str] = "self_attn"
+    # Whether the family's classes may rotate a part of each head alone.
+    partial_rotary: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {}
     # The widths with a list for layers, and the least each may be.
     least_widths: ClassVar[dict[str, int]] = {"qk_rope_head_dim": 0}
 
+    head_dim: int | None = None
     qk_rope_head_dim: int = 64
     qk_rope_head_dim_per_layer: list[int] | None = None
     rope_pairs: list[list[int]] | None = None
@@ -29,13 +34,16 @@ class ConvertedConfigMixin(PreTrainedConfig):
         super().__init_subclass__(**kwargs)
         if cls.model_type:  # a form alone has no family's plan to keep
             plan = cls.base_model_tp_plan or {}
-            mlp = {k: v for k, v in plan.items() if ".self_attn." not in k}
-            attention = {f"layers.*.self_attn.{k}": v for k, v in cls.attention_tp_plan.items()}
-            cls.base_model_tp_plan = attention | mlp
+            place = f"layers.*.{cls.attention_name}."
+            kept = {k: v for k, v in plan.items() if not k.startswith(place)}
+            own = {place + k: v for k, v in cls.attention_tp_plan.items()}
+            cls.base_model_tp_plan = own | kept
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if getattr(self, "head_dim", None) is None:
+        if getattr(self, "num_key_value_heads", None) is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_source()
         self._check_widths()
@@ -69,7 +77,7 @@ class ConvertedConfigMixin(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}."
             )
-        if getattr(self, "sliding_window", None) is not None:
+        if getattr(self, "sliding_window", None):
             raise ValueError(
                 f"sliding_window={self.sliding_window} is in use, but {self.form_name} layers "
                 "attend to every token. Use a source without a sliding window."
@@ -79,10 +87,10 @@ class ConvertedConfigMixin(PreTrainedConfig):
                 f"layer_types holds sliding_attention layers, but {self.form_name} layers attend "
                 "to every token. Use a source without sliding windows."
             )
-        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        rope = getattr(self, "rope_parameters", None) or {}
+        if not self.partial_rotary and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                "rope_parameters has a partial_rotary_factor; only sources that rotate the whole "
-                "head are supported."
+                "rope_parameters has a partial_rotary_factor, but this family rotates whole heads."
             )
 
     def _check_at_least_one(self, *names: str):
@@ -113,6 +121,7 @@ class ConvertedConfigMixin(PreTrainedConfig):
                 )
 
     def _check_rope(self):
+        assert self.head_dim is not None
         frequencies = self.head_dim // 2
         if self.rope_pairs is not None and len(self.rope_pairs) != self.num_hidden_layers:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .converted_attention import ConvertedAttention
+from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, shared_key_scores
 
 
@@ -51,13 +51,14 @@ class MFAAttention(ConvertedAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
+        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
         query = self.q_proj(hidden_states)
         if self.config.use_inter_norm:
             query = self.inter_norm(query)

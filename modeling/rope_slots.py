@@ -60,15 +60,21 @@ class SlotAngles:
         return self._tables[key]
 
 
-class SlotRotaryMixin(nn.Module):
-    """A family's rotary embedding that also hands its frequencies to the attention layers."""
+def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
+    """A forward hook on a family's rotary embedding: cos and sin, and its frequencies beside them.
 
-    inv_freq: torch.Tensor
-    attention_scaling: float
-
-    def forward(self, x, position_ids):
-        cos, sin = super().forward(x, position_ids)
-        return cos, sin, SlotAngles(self.inv_freq, self.attention_scaling)
+    They are those of this forward pass, where the RoPE type lets them change with the length. Where
+    a part of the head is rotated, the other pairs follow with frequency 0.
+    """
+    (cos, sin), inv_freq, scaling = output, rotary.inv_freq, rotary.attention_scaling
+    still = rotary.config.head_dim // 2 - len(inv_freq)
+    if still:
+        inv_freq = nn.functional.pad(inv_freq, (0, still))
+        cos, sin = (
+            nn.functional.pad(x.unflatten(-1, (2, -1)), (0, still), value=at_rest).flatten(-2)
+            for x, at_rest in ((cos, scaling), (sin, 0.0))
+        )
+    return cos, sin, SlotAngles(inv_freq, scaling)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -130,6 +136,32 @@ def slot_scores(
         keys = keys.view(batch, -1, groups * dim)
         scores[..., start : start + size] = torch.bmm(keys, blocks[chunk]).transpose(1, 2)
     return scores
+
+
+def with_rope_key(
+    latent: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    index: torch.Tensor,
+    angles: SlotAngles,
+) -> torch.Tensor:
+    """Latents [B, 1, S, r], each followed by the rotated key [d_r] that it holds, weight [d_r, r].
+
+    Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`.
+    """
+    total, rank = latent.shape[2:]
+    cos, sin = (x.index_select(-1, index) for x in angles.table(total, latent.device))
+    if torch.compiler.is_compiling():
+        key = rotate(nn.functional.linear(latent, weight, bias), cos, sin)
+        return torch.cat((latent, key), dim=-1)
+    rows = latent.new_empty(*latent.shape[:3], rank + len(weight))
+    rows[..., :rank] = latent
+    size, _ = _chunks(total, latent.device)
+    for start in range(0, total, size):
+        part = slice(start, start + size)
+        key = nn.functional.linear(latent[:, :, part], weight, bias)
+        rows[:, :, part, rank:] = rotate(key, cos[part], sin[part])
+    return rows
 
 
 def shared_key_scores(

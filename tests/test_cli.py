@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rehead.cli import main
 from rehead.cli.convert import default_output
-from rehead.converters import FORMS, Conversion, InputError, LayerReport, Recipe
+from rehead.converters import FORMS, ROPES, Conversion, InputError, LayerReport, Recipe
 from rehead.evaluation import kv_bytes_per_token
 
 SCRIPTS = Path(sys.executable).parent
@@ -374,14 +374,31 @@ def test_inspect_reads_the_config_alone(inputs, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(inputs[0])
     assert found["kv_bytes_per_token"] == kv_bytes_per_token(model)
     assert (found["form"], found["conversion"], found["refused"]) == ("gqa", None, None)
-    offers = {(o["form"], o["kv_budget"]): o for o in found["forms"] if not o["refused"]}
-    assert {form for form, _ in offers} == set(FORMS)
-    for (form, share), offer in offers.items():
-        assert offer["kv_bytes_per_token"] == share * found["kv_bytes_per_token"], form
+    offers = [offer for offer in found["forms"] if not offer["refused"]]
+    assert {offer["form"] for offer in offers} == set(FORMS)
+    assert {offer["rope"] for offer in offers if offer["form"] == "mla"} == set(ROPES)
+    for offer in offers:
+        share = offer["kv_budget"] * found["kv_bytes_per_token"]
+        assert offer["kv_bytes_per_token"] == share, offer["form"]
+        assert offer["capacity"]["ter"] == 4 * offer["capacity"]["frh"]
+    assert found["parameters"] == model.num_parameters()
+    assert found["capacity"] == {"frh": 8, "slsd": 16, "ter": 32}
+    fits = {(each["memory_gb"], each["batch"]): each["tokens"] for each in found["contexts"]}
+    room = 24e9 - sum(p.nbytes for p in model.parameters())
+    assert fits[24, 32] == room // (32 * found["kv_bytes_per_token"])
     code, out, _ = run(capsys, "inspect", folder)
     assert code == 0
     assert "When to take which" in out
-    assert "num_key_value_heads 1" in out
+    assert "--kv-budget 50%" in out.splitlines()[-1]
+
+
+def test_inspect_says_more_where_there_is_room(inputs, capsys, monkeypatch):
+    for columns, dims in ((80, False), (200, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        code, out, _ = run(capsys, "inspect", inputs[0])
+        assert code == 0
+        assert ("num_key_value_heads 1" in out) == dims
+        assert ("in 80 GB" in out) == dims
 
 
 def test_inspect_knows_a_conversion(inputs, tmp_path, capsys):

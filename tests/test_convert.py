@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
 )
 
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
@@ -498,9 +498,8 @@ def another(model):
     return change
 
 
-def gpt2():
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=4, n_positions=128)
-    return GPT2LMHeadModel(config)
+def ctrl():
+    return CTRLLMHeadModel(CTRLConfig(vocab_size=259, n_embd=32, dff=48, n_layer=1, n_head=4))
 
 
 def sliding(family, **fields):
@@ -541,7 +540,7 @@ MISTAKES = {
     "device that is none": (dict(device="cloud"), None, "--device cloud cannot be used"),
     "device without memory": (dict(device="meta"), None, "--device meta cannot be used"),
     "no text": (dict(calibration="./no.txt"), None, "no.txt: no such file"),
-    "model type": ({}, another(gpt2), "model_type 'gpt2' is not supported.*llama, mistral, qwen2"),
+    "model type": ({}, another(ctrl), "model_type 'ctrl' is not supported.*llama, mistral, qwen2"),
     "converted already": ({}, convert_once, r"converted already \(rehead_llama_mla\)"),
     "sliding mistral": (
         {},

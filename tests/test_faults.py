@@ -296,7 +296,7 @@ def test_heads_that_cannot_be_are_refused(fields, message, tmp_path, refused):
 
 
 def test_an_odd_head_is_refused_where_transformers_lets_it_pass():
-    config = SimpleNamespace(**tiny.BASE | dict(head_dim=7))
+    config = SimpleNamespace(**tiny.BASE | dict(head_dim=7, model_type="llama"))
     recipe = Recipe("m", "mla", "decoupled", 0.5, calibration="", samples=1, heal=0, seed=0)
     with pytest.raises(InputError, match="heads of width 7"):
         target_of(config, recipe)

@@ -26,6 +26,7 @@ from rehead.converters.gqa import (
 )
 from rehead.converters.grouping import best_partition
 from rehead.converters.healing import heal, output_error
+from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import AttentionMaps, position_angles, reference_attention, rotate
 from rehead.converters.refit import refit_output
 from rehead.converters.shared_key import SharedKey, commuting_key, score_error, shared_key
@@ -526,3 +527,17 @@ def test_maps_hold_what_is_merged():
     pooled = mean_pooled(maps, 2)
     assert pooled.expand().repeats == 4
     assert pooled.cache_width == 2 * 16
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shared_key_of_heads_without_rope_is_the_best_there_is(seed):
+    """Frequency 0: any mix of pairs is free, and Eckart and Young's bound is reached."""
+    maps = layers.maps(8, 4, seed=seed)
+    maps = replace(maps, inv_freq=torch.zeros_like(maps.inv_freq))
+    problem = key_problem(maps, moments_of(maps, layers.inputs(6, 48))).of_group((0, 1))
+    energy = torch.block_diag(*problem.queries.unflatten(0, (2, 2)).sum(1))
+    factors = weighted_svd(torch.eye(16, dtype=torch.float64), energy, problem.keys)
+    found = score_error(problem, shared_key(problem))
+    assert found == pytest.approx(float(factors.energy[8:].sum()), rel=1e-3)
+    # A multiple frequency by frequency, which is all that rotated heads have, is far from it.
+    assert score_error(problem, commuting_key(problem)) > 5 * found

@@ -19,7 +19,7 @@ from rehead.modeling import (
 )
 from rehead.modeling import mfa as mfa_module
 
-FAMILIES, FORMS = list(tiny.MFA), list(tiny.MFA_FORMS)
+FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.MFA_FORMS)
 UNEVEN = dict(
     mfa_head_dim_per_layer=[11, 5],
     share_q_dim_per_layer=[4, 9],
@@ -297,8 +297,8 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     assert {path.stem for path in tmp_path.glob("*.py")} == {
-        *("converted_attention", "converted_config", "mfa", "mfa_config", "rope_slots"),
-        f"{family}_mfa",
+        *("converted_attention", "converted_config", "converted_model", "rope_slots"),
+        *("gqa", "mfa", "mla", "mfa_config", "mla_config", family),
     }
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..converters.errors import InputError
 from .loss import Head
 
-# The name that transformers' decoder layers give their attention.
-ATTENTION = "self_attn"
+# The names that transformers' decoder layers give their attention.
+ATTENTION = ("self_attn", "attention", "attn")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def causal_lm(model: Any) -> Any:
 
 
 def attention_modules(model: Any) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in causal_lm(model).named_modules() if n.split(".")[-1] == ATTENTION]
+    return [(n, m) for n, m in causal_lm(model).named_modules() if n.split(".")[-1] in ATTENTION]
 
 
 @contextlib.contextmanager

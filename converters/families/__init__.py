@@ -1,82 +1,18 @@
-"""Families as data: how a model type's checkpoint names its attention.
+"""Families as data: how a model type's checkpoint names its attention, and what is refused, why.
 
-Adding one is a row here when its attention is Llama's in other names, a file beside this one when
-it is not. A model type that is not listed is refused; there is no fallback.
+Adding one is a row of `FAMILIES`; what is special about it is a field of `Family`. A model type
+that is not listed is refused; there is no fallback.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from difflib import get_close_matches
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import InputError
-from ..maps import AttentionMaps
+from .family import Experts, Family, head_dim, kv_heads, partial_rotary_factor
 
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model type keeps its attention, and what it cannot be converted with.
-
-    Args:
-        model_type: the `model_type` of its config.json.
-        layers: path of the list of decoder layers, in the model and in tensor names.
-        attention: path of the attention module in a layer.
-        q, k, v, o: names of the projections in it.
-        refuse: for a config, the reason why it cannot be converted, or None.
-    """
-
-    model_type: str
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    refuse: Callable[[PretrainedConfig], str | None] = field(default=lambda config: None)
-
-    def prefix(self, layer: int) -> str:
-        """What the names of a layer's attention tensors start with."""
-        return f"{self.layers}.{layer}.{self.attention}."
-
-    def read(
-        self,
-        config: PretrainedConfig,
-        tensors: Mapping[str, Tensor],
-        inv_freq: Tensor,
-        attention_factor: float,
-    ) -> AttentionMaps:
-        """The maps of a layer, in float64.
-
-        Args:
-            tensors: the layer's attention tensors, by their names without the prefix.
-            inv_freq: [head_dim / 2], radians per position.
-            attention_factor: what the rotary embedding multiplies cos and sin with.
-
-        Raises:
-            InputError: a tensor is left over, so the layer is not what this family describes.
-        """
-        left = {name: tensor.double() for name, tensor in tensors.items()}
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        maps = {}
-        for role, name, count in (
-            ("q", self.q, heads),
-            ("k", self.k, groups),
-            ("v", self.v, groups),
-        ):
-            maps[role] = left.pop(f"{name}.weight").unflatten(0, (count, -1))
-            bias = left.pop(f"{name}.bias", None)
-            maps[f"{role}_bias"] = None if bias is None else bias.unflatten(0, (count, -1))
-        maps["o"] = left.pop(f"{self.o}.weight").unflatten(1, (heads, -1))
-        maps["o_bias"] = left.pop(f"{self.o}.bias", None)
-        if left:
-            raise InputError(
-                f"{config.model_type} layers hold {sorted(left)[0]}, which this conversion does "
-                "not know. Nothing is dropped silently, so nothing is converted."
-            )
-        scaling = maps["q"].shape[1] ** -0.5 * attention_factor**2
-        return AttentionMaps(**maps, inv_freq=inv_freq.double(), scaling=scaling)
+__all__ = ["FAMILIES", "Experts", "Family", "family_of", "head_dim", "kv_heads"]
 
 
 def _sliding_window(config: PretrainedConfig) -> str | None:
@@ -88,13 +24,127 @@ def _sliding_window(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _any(**reasons: str) -> Callable[[PretrainedConfig], str | None]:
+    """A refusal of models whose config has one of these fields set, with its reason."""
+
+    def refuse(config: PretrainedConfig) -> str | None:
+        return next((why for name, why in reasons.items() if getattr(config, name, None)), None)
+
+    return refuse
+
+
+def _gpt2(config: PretrainedConfig) -> str | None:
+    if not config.scale_attn_weights:
+        return "does not scale its scores by the width of a head (scale_attn_weights)"
+    return _any(
+        scale_attn_by_inverse_layer_idx="scales its scores layer by layer",
+        add_cross_attention="attends to an encoder",
+    )(config)
+
+
+def _opt(config: PretrainedConfig) -> str | None:
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "projects its embeddings (word_embed_proj_dim)"
+    return None
+
+
+_QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
+
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama"),
         Family("mistral", refuse=_sliding_window),
         Family("qwen2", refuse=_sliding_window),
+        Family("phi3", fused="qkv_proj", rotary="partial", refuse=_sliding_window),
+        Family(
+            "mixtral",
+            experts=Experts(
+                "block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+            ),
+            refuse=_sliding_window,
+        ),
+        Family(
+            "qwen2_moe",
+            experts=Experts(
+                "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+            ),
+            refuse=_sliding_window,
+        ),
+        Family(
+            "stablelm",
+            rotary="partial",
+            parallel=lambda config: config.use_parallel_residual,
+            refuse=_QK_NORM,
+        ),
+        Family("phi", o="dense", rotary="partial", parallel=lambda config: True, refuse=_QK_NORM),
+        Family(
+            "gpt_neox",
+            layers="gpt_neox.layers",
+            attention="attention",
+            fused="query_key_value",
+            head_by_head=True,
+            o="dense",
+            buffers=frozenset({"rotary_emb.inv_freq", "bias", "masked_bias"}),
+            rotary="partial",
+            parallel=lambda config: config.use_parallel_residual,
+        ),
+        Family("olmo", refuse=_any(clip_qkv="clips queries, keys and values (clip_qkv)")),
+        Family(
+            "gemma",
+            embed_scale=lambda config: config.hidden_size**0.5,
+            refuse=_any(use_bidirectional_attention="attends to later tokens"),
+        ),
+        Family(
+            "gpt2",
+            layers="transformer.h",
+            attention="attn",
+            fused="c_attn",
+            transposed=True,
+            o="c_proj",
+            buffers=frozenset({"bias", "masked_bias"}),
+            rotary="none",
+            positions="transformer.wpe",
+            refuse=_gpt2,
+        ),
+        Family(
+            "opt",
+            layers="model.decoder.layers",
+            o="out_proj",
+            rotary="none",
+            positions="model.decoder.embed_positions",
+            first_position=2,
+            refuse=_opt,
+        ),
+        Family("seed_oss"),
     )
+}
+
+_LATENT = "has multi-head latent attention already, and a cache that small"
+_NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
+_NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
+_NORM = (
+    "normalises queries and keys after their projections, so that keys are no linear map of the "
+    "input: not supported yet"
+)
+_ALIBI = "adds biases by distance to its scores (ALiBi): not supported yet"
+
+# Model types that are known and not converted, and why.
+REFUSED = {
+    model_type: reason
+    for reason, model_types in {
+        _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite longcat_flash minicpm3 youtu",
+        _NO_SOFTMAX: "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 "
+        "nemotron_h qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
+        _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
+        "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
+        "xlm-roberta",
+        _NORM: "flex_olmo gemma3 gemma3_text hunyuan_v1_dense olmo2 olmo3 olmoe qwen3 qwen3_moe",
+        _ALIBI: "bloom mpt",
+        "caps its scores (attn_logit_softcapping) and slides a window in every second layer: not "
+        "supported yet": "gemma2",
+    }.items()
+    for model_type in model_types.split()
 }
 
 
@@ -107,6 +157,8 @@ def family_of(config: PretrainedConfig) -> Family:
     model_type = config.model_type
     if model_type.startswith("rehead_"):
         raise InputError(f"this checkpoint is converted already ({model_type}). Give its source.")
+    if model_type in REFUSED:
+        raise InputError(f"{model_type} {REFUSED[model_type]}, so it cannot be converted.")
     if model_type not in FAMILIES:
         near = get_close_matches(model_type, FAMILIES, n=1)
         hint = f" ({near[0]} is the nearest)" if near else ""
@@ -115,6 +167,8 @@ def family_of(config: PretrainedConfig) -> Family:
         )
     family = FAMILIES[model_type]
     reason = family.refuse(config)
+    if family.rotary == "whole" and partial_rotary_factor(config) != 1:
+        reason = f"rotates a part of its heads ({partial_rotary_factor(config)})"
     if reason:
         raise InputError(f"this {model_type} model {reason}, which cannot be converted.")
     return family

@@ -1,0 +1,87 @@
+"""A family's own models with their attention replaced by that of a converted form."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_utils import PreTrainedModel
+
+from .converted_attention import ConvertedAttention
+from .gqa import GQAAttention
+from .mfa import MFAAttention
+from .mla import MLAAttention
+from .rope_slots import hand_over_angles
+
+# By the `form_name` of a config.
+ATTENTION = {"GQA": GQAAttention, "MFA": MFAAttention, "MLA": MLAAttention}
+
+
+class ConvertedModelMixin(PreTrainedModel):
+    """What a family's converted classes need beyond the family's own."""
+
+    _supports_attention_backend = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # The family's own, which are behind this mixin.
+        recorded = super()._can_record_outputs or {}
+        cls._can_record_outputs = recorded | {"attentions": ConvertedAttention}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConvertedAttention):
+            module.init_own()
+
+
+class ConvertedModel(ConvertedModelMixin):
+    """A family's decoder, to be named before the family's own class."""
+
+    # Where the family keeps its layers.
+    layers_name: ClassVar[str] = "layers"
+
+    def __init__(self, config):
+        super().__init__(config)
+        attention = ATTENTION[config.form_name]
+        for layer_idx, layer in enumerate(getattr(self, self.layers_name)):
+            setattr(layer, config.attention_name, attention(config, layer_idx))
+        if hasattr(self, "rotary_emb"):
+            self.rotary_emb.register_forward_hook(hand_over_angles)
+        self.post_init()
+
+
+class ConvertedForCausalLM(ConvertedModelMixin):
+    """A family's language model around its converted decoder, to be named before its own class."""
+
+    model_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config):
+        # The family's own decoder is not kept: it is made without memory.
+        with torch.device("meta"):
+            super().__init__(config)
+        for name, module in list(self.named_children()):
+            if isinstance(module, PreTrainedModel):
+                setattr(self, name, self.model_class(config))
+            else:
+                bias = module.bias is not None
+                setattr(self, name, nn.Linear(module.in_features, module.out_features, bias=bias))
+        self.post_init()
+
+
+def keep_stored_names(source: str, *names: str):
+    """Have converted checkpoints read and written as transformers does those of the source.
+
+    Where a family's files name or split weights otherwise than its classes do, conversion leaves
+    what is not attention as it is stored.
+
+    Args:
+        source: a family's model_type, or the name of one of its classes.
+        names: the same of the converted family.
+    """
+    mapping = get_checkpoint_conversion_mapping(source)
+    if mapping is not None:
+        for name in names:
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)

@@ -1,0 +1,27 @@
+"""Configuration fields of grouped-query attention, for families whose own config has none."""
+
+from typing import ClassVar
+
+from .converted_config import ConvertedConfigMixin
+
+
+class GQAConfigMixin(ConvertedConfigMixin):
+    """Fields that turn a family's config into one with fewer KV heads than query heads.
+
+    Args:
+        num_key_value_heads: KV heads; unlike in other forms, those of the converted model.
+        conversion: The recipe the checkpoint was made with.
+    """
+
+    form_name: ClassVar[str] = "GQA"
+    attention_tp_plan: ClassVar[dict[str, str]] = {
+        "q_proj": "colwise",
+        "k_proj": "colwise",
+        "v_proj": "colwise",
+        "o_proj": "rowwise",
+    }
+
+    # Heads are rotated as the family rotates them, with no frequencies of their own.
+    qk_rope_head_dim: int = 0
+    k_bias: bool = False
+    v_bias: bool = False

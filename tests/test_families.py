@@ -1,0 +1,409 @@
+"""Every family: read as transformers computes it, exact at the whole cache, sound below it."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import folders
+import pytest
+import sources
+import tiny
+import torch
+from layers import error, inputs
+from safetensors.torch import load_file, save_file
+from tiny import positions_of, step_by_step
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rehead.converters import InputError, convert, families
+from rehead.converters.checkpoint import open_source
+from rehead.converters.families import FAMILIES, REFUSED, family_of
+from rehead.converters.families import family as family_module
+from rehead.converters.maps import AttentionMaps, reference_attention
+from rehead.converters.stream import LayerStream
+from rehead.evaluation import kv_bytes_per_token
+from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES
+
+IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, :9] = 0
+FORMS = {
+    "mla": dict(to="mla"),
+    "mla on read": dict(to="mla", rope="on-read"),
+    "mfa": dict(to="mfa"),
+    "mfa-kr": dict(to="mfa-kr"),
+    "gqa": dict(to="gqa"),
+}
+# Without RoPE nothing is rotated.
+IMPOSSIBLE = [("gpt2", "mla on read"), ("opt", "mla on read")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "small", "and"]
+    path.write_text(" ".join(random.Random(0).choices(words, k=600)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """case -> (folder, model), made when first asked for."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            folder = tmp_path_factory.mktemp(case.replace(", ", "-").replace(" ", "-")) / "model"
+            made[case] = folder, folders.save(folder, sources.model(case))
+        return made[case]
+
+    return get
+
+
+def layer_of(model, layer):
+    """A layer of the stock model and its attention."""
+    family = family_of(model.config)
+    module = model.get_submodule(f"{family.layers}.{layer}")
+    return module, module.get_submodule(family.attention)
+
+
+def read(model, layer=1) -> AttentionMaps:
+    family, rotary = family_of(model.config), getattr(model.base_model, "rotary_emb", None)
+    inv_freq = torch.zeros(0) if rotary is None else rotary.inv_freq
+    factor = float(getattr(rotary, "attention_scaling", 1.0))
+    return family.read(model.config, layer_of(model, layer)[1].state_dict(), inv_freq, factor)
+
+
+@pytest.mark.parametrize("case", sources.NEW)
+@torch.no_grad()
+def test_the_maps_are_transformers_own_attention(case, monkeypatch):
+    model = sources.model(case)
+    family = FAMILIES[model.config.model_type]
+    x = inputs(2, 40)
+    given = dict(attention_mask=torch.full((40, 40), -torch.inf).triu(1)[None, None])
+    if family.rotary != "none":
+        given["position_embeddings"] = model.base_model.rotary_emb(x, torch.arange(40)[None])
+    wanted = layer_of(model, 1)[1](x, **given)[0]
+    maps = read(model)
+
+    def distance(found):
+        return error(torch.stack([reference_attention(found, row) for row in x.double()]), wanted)
+
+    assert distance(maps) < 5e-6
+    wrong = {"no scaling": replace(maps, scaling=1.0), "heads": replace(maps, q=maps.q.flip(0))}
+    if family.rotary != "none":
+        wrong["frequencies"] = replace(maps, inv_freq=maps.inv_freq.flip(0))
+        factor = float(model.base_model.rotary_emb.attention_scaling)
+        if factor != 1:
+            wrong["factor"] = replace(maps, scaling=maps.scaling / factor**2)
+    for name in ("q_bias", "o_bias"):
+        if getattr(maps, name) is not None:
+            wrong[name] = replace(maps, **{name: None})
+    if 0 < family.rotary_dim(model.config) < maps.qk_dim:
+        # As if a head's halves were the pairs.
+        monkeypatch.setattr(family_module, "_halves", lambda width, rotated: [*range(width)])
+        wrong["layout"] = read(model)
+    if family.head_by_head:
+        monkeypatch.setitem(FAMILIES, family.model_type, replace(family, head_by_head=False))
+        wrong["fused"] = read(model)
+    for name, twin in wrong.items():
+        assert distance(twin) > 1e-2, name
+
+
+@pytest.mark.parametrize("case", sources.CASES)
+def test_writing_is_the_inverse_of_reading(case):
+    model = sources.model(case)
+    family, rotary = family_of(model.config), getattr(model.base_model, "rotary_emb", None)
+    found = family.write(read(model), float(getattr(rotary, "attention_scaling", 1.0)))
+    wanted = layer_of(model, 1)[1].state_dict()
+    assert set(found) == set(wanted)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name].double(), rtol=1e-14, atol=0)
+
+
+def streamed(folder) -> LayerStream:
+    source = open_source(folder)
+    return LayerStream(source, FAMILIES[source.config.model_type], IDS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", sources.NEW)
+@torch.no_grad()
+def test_layers_one_by_one_are_the_whole_model(case, saved, monkeypatch):
+    """Embeddings, learned positions, experts put together, and what attention sees and does."""
+    folder, model = saved(case)
+    seen, handles = [], []
+    for layer in range(2):
+        module, attention = layer_of(model, layer)
+        keep = lambda _, args, kwargs, out: seen.append(  # noqa: E731
+            (args[0] if args else kwargs["hidden_states"], out[0])
+        )
+        handles.append(attention.register_forward_hook(keep, with_kwargs=True))
+    last = []
+    handles.append(
+        module.register_forward_hook(
+            lambda _, args, out: last.append(out[0] if isinstance(out, tuple) else out)
+        )
+    )
+    model(IDS)
+    for handle in handles:
+        handle.remove()
+
+    def distance():
+        stream = streamed(folder)
+        found = [stream.advance(layer) for layer in range(2)]
+        pairs = [(f.x, x) for f, (x, _) in zip(found, seen, strict=True)]
+        pairs += [(f.y, y) for f, (_, y) in zip(found, seen, strict=True)]
+        return max(error(a, b) for a, b in [*pairs, (stream.hidden, last[0])])
+
+    assert distance() < 1e-5
+    family = FAMILIES[model.config.model_type]
+    twin = None
+    if family.positions:
+        twin = dict(first_position=family.first_position + 1)
+    elif family.embed_scale(model.config) != 1:
+        twin = dict(embed_scale=lambda config: 1.0)
+    elif family.experts:
+        parts = {k: v[::-1] for k, v in family.experts.parts.items()}
+        twin = dict(experts=replace(family.experts, parts=parts))
+    if twin:
+        monkeypatch.setitem(FAMILIES, family.model_type, replace(family, **twin))
+        assert distance() > 1e-3
+
+
+def everything(case, form, model) -> dict:
+    """The options with which a form keeps the whole of a model's attention."""
+    asked = FORMS[form] | dict(kv_budget="100%")
+    if form == "mfa-kr":
+        config = model.config
+        width = families.kv_heads(config) * families.head_dim(config)
+        rotated = families.kv_heads(config) * FAMILIES[config.model_type].rotary_dim(config)
+        asked["head_dim"] = rotated + min(2 * width - rotated, config.hidden_size)
+    return asked
+
+
+def run(source, output, text, **options):
+    return convert(
+        str(source), output=output, **{"calibration": str(text), "samples": 3, "heal": 0} | options
+    )
+
+
+def cached_and_full(model):
+    """Logits where no padding is: through a cache, in steps of one and more; and all at once."""
+    real, positions = MASK.bool(), positions_of(MASK)
+    full = model(IDS, attention_mask=MASK, position_ids=positions, use_cache=False).logits
+    return step_by_step(model, IDS, MASK, 51, [1, 1, 1, 6])[real], full[real]
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        (case, form)
+        for case in sources.NEW
+        for form in FORMS
+        if (sources.CASES[case][0], form) not in IMPOSSIBLE
+        and (case in sources.FAMILIES or form in ("mla", "mfa-kr"))
+    ],
+)
+@torch.no_grad()
+def test_the_whole_budget_is_exact(case, form, saved, text, tmp_path):
+    folder, model = saved(case)
+    done = run(folder, tmp_path / "out", text, **everything(case, form, model))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert max(layer.error for layer in done.layers) < 1e-8
+    cached, full = cached_and_full(found)
+    wanted = cached_and_full(model)[1]
+    # Experts are chosen by rounded scores: a mixture is as exact as its choices.
+    assert error(full, wanted) < 2e-5
+    assert error(cached, wanted) < 2e-5
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert kv_bytes_per_token(model) == done.kv_bytes_per_token["source"]
+    family = FAMILIES[model.config.model_type]
+    o = family.o if type(found) is type(model) else "o_proj"
+    found.get_parameter(f"{family.prefix(1)}{o}.weight").neg_()
+    assert error(cached_and_full(found)[1], wanted) > 1e-2
+
+
+HALVES = [
+    *((family, "mla") for family in sources.FAMILIES if family not in tiny.SOURCES),
+    *((family, "mla on read") for family in ("phi3", "phi", "gpt_neox", "qwen2_moe")),
+    *((family, "mfa") for family in ("phi3", "stablelm", "gpt2", "mixtral")),
+    *((family, "mfa-kr") for family in ("gpt_neox", "opt", "gemma", "olmo")),
+    *((family, "gqa") for family in ("phi3", "stablelm", "mixtral", "phi", "gemma")),
+    *((family, "gqa") for family in ("gpt_neox", "gpt2", "opt")),
+]
+
+
+@pytest.mark.parametrize(("family", "form"), HALVES)
+@torch.no_grad()
+def test_half_the_cache(family, form, saved, text, tmp_path):
+    """And saved, loaded, saved again: the same model, and what is no attention the same bytes."""
+    folder, model = saved(family)
+    # A latent as wide as the input is exact, and half of what heads that share nothing cache.
+    share = 0.5 if hasattr(model.config, "num_key_value_heads") else 0.3
+    done = run(folder, tmp_path / "out", text, kv_budget=share, **FORMS[form])
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert kv_bytes_per_token(found) <= share * kv_bytes_per_token(model)
+    assert all(0 < layer.error < 1 for layer in done.layers)
+    cached, full = cached_and_full(found)
+    assert error(cached, full) < 1e-5
+    assert 1e-4 < error(full, cached_and_full(model)[1]) < 1.4
+
+    # An expert's tensors too, by the names that they are stored under.
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    prefixes = tuple(FAMILIES[family].prefix(layer) for layer in range(2))
+    kept = {name for name in before if not name.startswith(prefixes)}
+    assert kept == {name for name in after if not name.startswith(prefixes)}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+    found.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(after)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, found(IDS).logits)
+    base = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(base(IDS).last_hidden_state, found.base_model(IDS).last_hidden_state)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=256)
+    plain, swift = (
+        found.generate(IDS, attention_mask=MASK, use_cache=use, **options) for use in (False, True)
+    )
+    assert torch.equal(plain, swift)
+    with torch.enable_grad():
+        found.train()(IDS[:, :20], labels=IDS[:, :20]).loss.backward()
+    for name, parameter in found.named_parameters():
+        if name.startswith(prefixes):
+            assert parameter.grad is not None, name
+
+
+REMOTE = """
+import sys, torch
+sys.modules["rehead"] = None  # importing it raises
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    ids, want = torch.load(folder + ".pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want), folder
+print("equal")
+"""
+
+
+@torch.no_grad()
+def test_checkpoints_carry_their_code(tmp_path):
+    """In a process that cannot import rehead: MLA and MFA by turns, to see every file once."""
+    made = [(family, MLA_CLASSES if n % 2 else MFA_CLASSES) for n, family in enumerate(MLA_CLASSES)]
+    made += [(family, GQA_CLASSES) for family in GQA_CLASSES]
+    places = []
+    for family, classes in made:
+        rotated = 0 if FAMILIES[family].rotary == "none" else 2
+        rope = dict(qk_rope_head_dim=rotated, rope_pairs=[[1] * (rotated // 2)] * 2)
+        fields = sources.FAMILIES[family][2]
+        if classes is GQA_CLASSES:
+            fields = fields | dict(num_key_value_heads=2)
+        else:
+            fields = fields | (tiny.DECOUPLED if classes is MLA_CLASSES else tiny.FACTORED) | rope
+        config, _, causal_lm = classes[family]
+        model = causal_lm(config(**fields)).eval()
+        places.append(tmp_path / config.model_type)
+        model.save_pretrained(places[-1])
+        torch.save((IDS, model(IDS).logits), f"{places[-1]}.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", REMOTE, *map(str, places)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@torch.no_grad()
+def test_checkpoints_as_they_were_published_are_read(family, saved, text, tmp_path):
+    """GPT-2's without the language model's prefix; and with the masks that old versions stored."""
+    folder, model = saved(family)
+    place = shutil.copytree(folder, tmp_path / "old")
+    state = load_file(place / "model.safetensors")
+    for layer in range(2):
+        prefix = FAMILIES[family].prefix(layer)
+        state[f"{prefix}bias"] = torch.ones(1, 1, 128, 128).tril()
+        state[f"{prefix}masked_bias"] = torch.tensor(-1e9)
+        if family == "gpt_neox":
+            state[f"{prefix}rotary_emb.inv_freq"] = torch.ones(2)
+    if family == "gpt2":
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        assert "wte.weight" in state
+    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    run(place, tmp_path / "out", text, kv_budget="100%")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert error(found(IDS).logits, model(IDS).logits) < 1e-5
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [name for name in names if name.endswith((".bias.bias", "masked_bias", "inv_freq"))]
+    assert {name.split(".")[0] for name in names} <= {model.base_model_prefix, "embed_out"}
+
+
+def test_every_family_has_classes_and_a_row_here():
+    assert list(FAMILIES) == list(sources.FAMILIES) == list(MLA_CLASSES) == list(MFA_CLASSES)
+    assert list(GQA_CLASSES) == ["gpt_neox", "gpt2", "opt"]  # whose own class has no KV heads
+    assert not set(FAMILIES) & set(REFUSED)
+
+
+UNSUPPORTED = [
+    ("phi3", dict(sliding_window=16), "sliding window of 16 tokens"),
+    ("mixtral", dict(sliding_window=16), "sliding window of 16 tokens"),
+    (
+        "qwen2_moe",
+        dict(use_sliding_window=True, sliding_window=16, max_window_layers=2),
+        "sliding window of 16 tokens",
+    ),
+    ("stablelm", dict(qk_layernorm=True), "qk_layernorm"),
+    ("phi", dict(qk_layernorm=True), "qk_layernorm"),
+    ("olmo", dict(clip_qkv=3.0), "clip_qkv"),
+    ("gemma", dict(use_bidirectional_attention=True), "attends to later tokens"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "layer by layer"),
+    ("gpt2", dict(add_cross_attention=True), "attends to an encoder"),
+    ("opt", dict(word_embed_proj_dim=16), "word_embed_proj_dim"),
+    ("llama", sources.PART, r"rotates a part of its heads \(0.5\)"),
+]
+
+
+@pytest.mark.parametrize(("family", "fields", "message"), UNSUPPORTED)
+def test_what_cannot_be_carried_is_refused_by_name(family, fields, message):
+    config_class, _, given = sources.FAMILIES[family]
+    with pytest.raises(InputError, match=message) as told:
+        family_of(config_class(**given | fields))
+    assert "\n" not in str(told.value)
+    family_of(config_class(**given))  # and nothing else is
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path):
+    family, form = case
+    with pytest.raises(InputError, match=r"has no RoPE.*Leave out --rope on-read") as told:
+        run(saved(family)[0], tmp_path / "out", text, **FORMS[form])
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("deepseek_v3", "latent attention already"),
+        ("minicpm3", "latent attention already"),
+        ("mamba", "no cache of keys"),
+        ("rwkv", "no cache of keys"),
+        ("t5", "no causal decoder"),
+        ("bert", "no causal decoder"),
+        ("qwen3", "normalises queries and keys"),
+        ("olmo2", "normalises queries and keys"),
+        ("gemma2", "caps its scores"),
+        ("bloom", "ALiBi"),
+    ],
+)
+def test_model_types_that_cannot_be_converted_say_why(model_type, why, text, tmp_path):
+    """From the config alone: the weights, here none, are not looked at."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(InputError, match=f"^{model_type} .*{why}") as told:
+        run(tmp_path / "model", tmp_path / "out", text)
+    assert "\n" not in str(told.value)
