@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from .writer import Writer
 
 __all__ = ["Source", "Writer", "copy_side_files", "locate", "open_source"]
 
-# Beyond it, building a model's skeleton from its config alone takes long.
-MOST_LAYERS = 10_000
+# Counts that transformers makes as many things of when it reads a config, and their limit.
+COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")
+MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,10 @@ def read_config(path: Path) -> PretrainedConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{file} names no model_type, so the model's family is unknown.")
-    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-        if isinstance(content.get(name), int) and content[name] > MOST_LAYERS:
-            raise InputError(f"{file} asks for {content[name]} layers, beyond any model's.")
+    for part in _objects(content):
+        for name in COUNTS:
+            if isinstance(part.get(name), (int, float)) and not part[name] <= MOST:
+                raise InputError(f"{file} asks for {name}={part[name]}, beyond any model's.")
     if content.get("quantization_config"):
         method = re.search(r'"quant_method": "(\w+)"', json.dumps(content["quantization_config"]))
         raise InputError(
@@ -217,6 +219,18 @@ def read_config(path: Path) -> PretrainedConfig:
                 "does not know; code that comes with a checkpoint is not run."
             ) from error
         raise InputError(f"{file} does not describe a model: {one_line(error)}") from error
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in one."""
+    todo = [content]  # not by recursion: nesting is a stranger's choice
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield item
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
 
 
 def _checked(source: Source) -> Source:

@@ -286,7 +286,17 @@ def test_layers_that_are_not_there_are_not_built(layers, folder):
     edit(folder / "config.json", num_hidden_layers=layers)
     seconds, mib, told = peak_of(lambda: open_source(folder))
     assert (seconds < 5, mib < 64) == (True, True), told
-    assert f"asks for {layers} layers" in told
+    assert f"asks for {layers} layers" in told or f"num_hidden_layers={layers}, beyond" in told
+
+
+@pytest.mark.parametrize("place", ["config", "nested"])
+def test_labels_that_a_config_counts_are_not_made(place, folder):
+    """transformers makes a dict of them; found by fuzzing."""
+    many = {"num_labels": 10**9}
+    edit(folder / "config.json", **many if place == "config" else {"text_config": [many]})
+    seconds, mib, told = peak_of(lambda: open_source(folder))
+    assert (seconds < 5, mib < 64) == (True, True), told
+    assert "num_labels=1000000000, beyond" in told
 
 
 def gguf(path, *, tensors=0, fields=(), version=3):
