@@ -84,8 +84,8 @@ class Kronecker:
 def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Iterator[Attended]:
     """Queries, keys, values and softmax weights of one causal sequence, block by block."""
     angles = position_angles(maps.inv_freq, len(x))[:, None].float()
-    q = rotate(project(x, maps.q, maps.q_bias), angles).transpose(0, 1)
-    k = rotate(project(x, maps.k, maps.k_bias), angles).transpose(0, 1)
+    q = rotate(maps.queries(x), angles).transpose(0, 1)
+    k = rotate(maps.keys(x), angles).transpose(0, 1)
     v = project(x, maps.v, maps.v_bias).transpose(0, 1)
     for start in range(0, len(x), QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, len(x)))
@@ -174,6 +174,8 @@ def probe_gradients(
 ) -> tuple[Float[Tensor, "N T G E"], Float[Tensor, "N T G V"]]:
     """Gradients of sum_t z_t . y_t for random z, with respect to un-rotated keys, and to values.
 
+    Keys are meant before their norm, where they are linear in the input.
+
     Args:
         unrotated_q: (weight [H, E', D], bias [H, E'] or None) of position-free queries. The key
             gradients are then those of the position-free keys these queries meet.
@@ -197,19 +199,43 @@ def probe_gradients(
     keys, values = keys.transpose(1, 2) * maps.scaling, values.transpose(1, 2)
     if rotated:
         keys[..., :rotated] = rotate(keys[..., :rotated], -angles)
+    if maps.k_norm is not None and unrotated_q is None:
+        keys = before_norm(keys, project(x, maps.k, maps.k_bias), maps.k_norm, maps.norm_eps)
     return keys, values
 
 
 def query_gradients(
     maps: AttentionMaps, x: Float[Tensor, "N T D"], generator: torch.Generator
 ) -> Float[Tensor, "N T H E"]:
-    """Gradients of sum_t z_t . y_t for random z, with respect to un-rotated queries."""
+    """Gradients of sum_t z_t . y_t for random z, with respect to un-rotated queries.
+
+    They too are meant before their norm.
+    """
     angles = position_angles(maps.inv_freq, x.shape[1]).float()
     queries = x.new_empty(len(x), maps.heads, x.shape[1], maps.qk_dim)
     for i, sequence in enumerate(x):
         for seen, _, _, scores in _backward(maps, sequence, generator):
             queries[i, :, seen.rows] = (scores @ seen.k[:, None]).flatten(0, 1)
-    return rotate(queries * maps.scaling, -angles).transpose(1, 2)
+    queries = rotate(queries * maps.scaling, -angles).transpose(1, 2)
+    if maps.q_norm is None:
+        return queries
+    return before_norm(queries, project(x, maps.q, maps.q_bias), maps.q_norm, maps.norm_eps)
+
+
+def before_norm(
+    gradients: Float[Tensor, "*batch E"],
+    z: Float[Tensor, "*batch E"],
+    weight: Float[Tensor, " E"],
+    eps: float,
+) -> Float[Tensor, "*batch E"]:
+    """Gradients with respect to z, from those with respect to z / rms(z) * weight.
+
+    Along z itself nothing changes but by eps: the norm has taken z's length away.
+    """
+    inverse = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+    weighed = gradients * weight
+    along = (weighed * z).mean(-1, keepdim=True) * inverse.square()
+    return (weighed - z * along) * inverse
 
 
 def _backward(

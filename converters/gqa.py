@@ -16,6 +16,7 @@ D hidden size, N sequences, T tokens in each.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -193,8 +194,10 @@ def to_gqa(
         )
     if pooling not in POOLINGS:
         raise InputError(f"pooling {pooling!r} is unknown. Use one of {', '.join(POOLINGS)}.")
+    if maps.k_norm is not None:
+        raise ValueError("heads that share a key would share its norm: not supported.")
     if num_key_value_heads == groups:
-        return GQA(**vars(maps))
+        return GQA(**_as_they_are(maps))
     if pooling == "mean":
         return mean_pooled(maps, num_key_value_heads)
     if moments is None:
@@ -209,7 +212,11 @@ def mean_pooled(maps: AttentionMaps, num_key_value_heads: int) -> GQA:
         return None if tensor is None else tensor.unflatten(0, (num_key_value_heads, -1)).mean(1)
 
     pooled = {name: mean(getattr(maps, name)) for name in ("k", "v", "k_bias", "v_bias")}
-    return GQA(**vars(maps) | pooled)
+    return GQA(**_as_they_are(maps) | pooled)
+
+
+def _as_they_are(maps: AttentionMaps) -> dict[str, Any]:
+    return {name: getattr(maps, name) for name in GQA.__dataclass_fields__}
 
 
 @dataclass(frozen=True)

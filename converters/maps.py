@@ -31,6 +31,9 @@ class AttentionMaps:
         scaling: what scores are multiplied with, a rotary attention factor included, so that a
             change of E cannot change the softmax.
         q_bias, k_bias, v_bias, o_bias: None for none.
+        q_norm, k_norm: weights of an RMS norm of each head's query or key, after its bias and
+            before its rotation; None for none.
+        norm_eps: what is added to the mean square there.
     """
 
     q: Float[Tensor, "H E D"]
@@ -43,6 +46,9 @@ class AttentionMaps:
     k_bias: Float[Tensor, "G E"] | None = None
     v_bias: Float[Tensor, "G V"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    q_norm: Float[Tensor, " E"] | None = None
+    k_norm: Float[Tensor, " E"] | None = None
+    norm_eps: float = 0.0
 
     def __post_init__(self) -> None:
         heads, width, hidden = self.q.shape
@@ -58,6 +64,8 @@ class AttentionMaps:
             "k_bias": (groups, width),
             "v_bias": (groups, v_dim),
             "o_bias": (hidden,),
+            "q_norm": (width,),
+            "k_norm": (width,),
         }
         if width % 2:
             raise ValueError(f"qk_dim={width} is odd; pairs need an even width.")
@@ -65,6 +73,14 @@ class AttentionMaps:
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
+
+    def queries(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch H E"]:
+        """Of every head, before their rotation."""
+        return normalised(project(x, self.q, self.q_bias), self.q_norm, self.norm_eps)
+
+    def keys(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch G E"]:
+        """Of every KV head, before their rotation."""
+        return normalised(project(x, self.k, self.k_bias), self.k_norm, self.norm_eps)
 
     @property
     def heads(self) -> int:
@@ -110,6 +126,15 @@ def project(
     flat = None if bias is None else bias.flatten()
     y = torch.nn.functional.linear(x, weight.flatten(0, 1), flat)
     return y.unflatten(-1, weight.shape[:2])
+
+
+def normalised(
+    z: Float[Tensor, "*batch E"], weight: Float[Tensor, " E"] | None, eps: float
+) -> Float[Tensor, "*batch E"]:
+    """z over its root mean square, times weight; z itself without one."""
+    if weight is None:
+        return z
+    return z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 def augmented(
@@ -162,6 +187,10 @@ def reference_attention(
             k = k + maps.k_bias[g]
         if maps.v_bias is not None:
             v = v + maps.v_bias[g]
+        q, k = (
+            normalised(z, weight, maps.norm_eps)
+            for z, weight in ((q, maps.q_norm), (k, maps.k_norm))
+        )
         scores = rotate(q, angles) @ rotate(k, angles).T * maps.scaling
         y = y + scores.masked_fill(future, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
     return y
@@ -176,8 +205,8 @@ def attention(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "
 def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H V"]:
     """What the output map reads: every head's mean of its values under the softmax weights."""
     angles = position_angles(maps.inv_freq.float(), x.shape[1])[:, None].to(x.device)
-    q = rotate(project(x, maps.q, maps.q_bias), angles).transpose(1, 2)  # [B, H, T, E]
-    k = rotate(project(x, maps.k, maps.k_bias), angles).transpose(1, 2)  # [B, G, T, E]
+    q = rotate(maps.queries(x), angles).transpose(1, 2)  # [B, H, T, E]
+    k = rotate(maps.keys(x), angles).transpose(1, 2)  # [B, G, T, E]
     v = project(x, maps.v, maps.v_bias).transpose(1, 2)  # [B, G, T, V]
     q, k = q.to(v.dtype), k.to(v.dtype)
     # The CPU's fused kernel wants keys and values of one width.

@@ -185,6 +185,7 @@ def mfa_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims],
     whole latent.
     """
     kronecker, phases = moments.kronecker, moments.phases
+    assert phases is not None
     ranked = rope_components(maps, phases)
     keys = maps.kv_heads * maps.qk_dim
     blocks = kronecker.gradients[:keys, :keys], kronecker.gradients[keys:, keys:]

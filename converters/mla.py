@@ -12,6 +12,7 @@ size, n rotated components (2n rotated dims), r latent rank.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,6 +56,8 @@ class MLA:
         scaling: the score multiplier, a rotary attention factor included.
         rope_on_read: keys come from the latent alone. Without k_rope they are rotated whole, with
             all of `inv_freq`.
+        q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
+            rotated whole alone.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -72,6 +75,9 @@ class MLA:
     kv_a_bias: Float[Tensor, " A"] | None = None
     kv_b_bias: Float[Tensor, "G B"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    q_norm: Float[Tensor, " E"] | None = None
+    k_norm: Float[Tensor, " E"] | None = None
+    norm_eps: float = 0.0
 
     @property
     def kv_lora_rank(self) -> int:
@@ -115,9 +121,14 @@ class MLA:
         q = self.q if self.q_down is None else self.q @ self.q_down
         k, v = kv[:, :nope], kv[:, nope:]
         k_bias, v_bias = _rows(kv_bias, slice(0, nope), 1), _rows(kv_bias, slice(nope, None), 1)
-        biases = dict(q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias)
+        biases: dict[str, Any] = dict(
+            q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias
+        )
         if self.rope_on_read and self.k_rope is None:
-            return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases)
+            norms: dict[str, Any] = dict(
+                q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.norm_eps
+            )
+            return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases, **norms)
         groups = kv.shape[0]
         rope, rope_bias = self.kv_a[r:], _rows(self.kv_a_bias, slice(r, None))
         if self.k_rope is not None:
@@ -163,6 +174,8 @@ class MLA:
             "kv_b_proj.bias": _append(_flat(self.kv_b_bias), self.k_rope_bias),
             "o_proj.weight": self.o.flatten(1),
             "o_proj.bias": self.o_bias,
+            "q_norm.weight": self.q_norm,
+            "k_norm.weight": self.k_norm,
         }
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -174,11 +187,12 @@ class MLAMoments:
     Args:
         kronecker: of position-free keys and values; on-read, of each KV head's [keys as they are |
             position-free keys], and of values.
-        phases: what it costs to drop a rotation.
+        phases: what it costs to drop a rotation. None where keys are normalised, and none can be;
+            there are then no position-free keys.
     """
 
     kronecker: Kronecker
-    phases: PhaseMoments
+    phases: PhaseMoments | None
     rope_on_read: bool = False
 
 
@@ -190,6 +204,10 @@ def mla_moments(
 ) -> MLAMoments:
     """Moments of one layer on calibration inputs x, in float32."""
     narrow = maps.to(torch.float32)
+    if maps.k_norm is not None:
+        whole, values = probe_gradients(narrow, x, generator)
+        gradients = torch.cat([whole.flatten(2), values.flatten(2)], -1)
+        return MLAMoments(kronecker(x, gradients), None, rope_on_read)
     phases = phase_moments(narrow, x[: (len(x) + 2) // 3])  # few numbers: a third is plenty
     q, q_bias = position_free_queries(maps, phases)
     free = (q.float(), None if q_bias is None else q_bias.float())
@@ -208,6 +226,7 @@ def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims
     if moments.rope_on_read:
         return _on_read_builder(maps, moments)
     kronecker, phases = moments.kronecker, moments.phases
+    assert phases is not None
     svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
     ranked = rope_components(maps, phases)
 
@@ -222,12 +241,15 @@ def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims
 
 def _on_read_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
     kronecker, phases = moments.kronecker, moments.phases
+    svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+    if phases is None:
+        factors = svd(torch.cat([maps.k.flatten(0, 1), maps.v.flatten(0, 1)]))
+        return lambda dims: whole_key_mla(maps, factors, moments, dims)
     groups, width = maps.kv_heads, maps.qk_dim
     # Where in the gradients a group's keys as they are, its position-free keys, and values stand.
     keys = torch.arange(2 * groups * width).view(groups, 2 * width)
     whole, free = keys[:, :width].flatten(), keys[:, width:].flatten()
     rest = torch.arange(2 * groups * width, len(kronecker.gradients))
-    svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
     ranked = rope_components(maps, phases)
 
     @cache
@@ -339,6 +361,9 @@ def whole_key_mla(
         q_bias=maps.q_bias,
         kv_b_bias=bias,
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
+        q_norm=maps.q_norm,
+        k_norm=maps.k_norm,
+        norm_eps=maps.norm_eps,
     )
 
 

@@ -73,6 +73,12 @@ class Target(ABC):
         self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
         self.keys = self.kv_heads * self.head_dim
         self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
+        self.qk_norm = FAMILIES[config.model_type].qk_norm
+        if self.qk_norm and (recipe.form != "mla" or recipe.rope != "on-read"):
+            raise InputError(
+                f"{config.model_type} normalises every key, which is then no linear map of what is "
+                "cached. Keys formed on read can be normalised: use --to mla --rope on-read."
+            )
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
 
@@ -144,7 +150,13 @@ class MLATarget(Target):
         self.least = 3 if self.rotatable and not self.on_read else 1
         self.most = self.budget.most
         if self.on_read:
-            self.splits = READ_SPLITS
+            # Where keys are normalised, none is a sum of others.
+            self.splits = (1.0,) if self.qk_norm else READ_SPLITS
+            if self.qk_norm and recipe.qk_rope_head_dim:
+                raise InputError(
+                    f"{config.model_type} normalises every key, so all of them are rotated whole. "
+                    "Leave out --qk-rope-head-dim."
+                )
             if recipe.qk_rope_head_dim is not None:
                 self.splits = (recipe.qk_rope_head_dim / self.rotatable or 1.0,)
             if recipe.kv_lora_rank is not None:
@@ -193,6 +205,7 @@ class MLATarget(Target):
             q_lora_rank=self.recipe.q_lora_rank,
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
+            qk_norm=self.qk_norm,
             architectures=[causal_lm.__name__],
         )
 

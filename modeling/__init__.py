@@ -26,6 +26,8 @@ FAMILIES = {
     "gpt2": "GPT2",
     "opt": "OPT",
     "seed_oss": "SeedOss",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
@@ -37,7 +39,7 @@ def _classes(form: str) -> dict[str, Classes]:
     for family, prefix in FAMILIES.items():
         module = import_module(f".{family}", __name__)
         if not hasattr(module, f"{prefix}{form}Config"):
-            continue  # GQA, where the family's own class can hold it
+            continue  # GQA where the family's own class holds it, and what its norms do not allow
         config, model, causal_lm = (
             getattr(module, f"{prefix}{form}{kind}") for kind in ("Config", "Model", "ForCausalLM")
         )

@@ -6,6 +6,7 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate, slot_scores, with_rope_key
@@ -22,7 +23,8 @@ class MLAAttention(ConvertedAttention):
     With `rope_on_read` the latent alone is cached, and keys are rotated by the token's slot when
     they are read. Positions given with a cache must then be contiguous. Where d_r is above 0,
     k_rope is read from the latent, by the last d_r rows of `kv_b_proj`, and W_uk c is
-    position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole.
+    position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole. With `qk_norm`
+    every head's query and key are normalised before they are rotated whole.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -53,6 +55,9 @@ class MLAAttention(ConvertedAttention):
             bias=config.kv_b_bias,
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -69,8 +74,10 @@ class MLAAttention(ConvertedAttention):
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_proj(hidden_states))
-        # [B, H, T, n + d_r]
-        query = query.view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
+        query = query.view(batch, length, -1, self.qk_head_dim)
+        if self.config.qk_norm:
+            query = self.q_norm(query)
+        query = query.transpose(1, 2)  # [B, H, T, n + d_r]
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
         if self.qk_rope_head_dim and not self.config.rope_on_read:
             # [B, 1, T, d_r / 2]
@@ -105,6 +112,8 @@ class MLAAttention(ConvertedAttention):
         pair = pair.view(batch, total, -1, self.qk_nope_head_dim + self.v_head_dim)
         key, value = pair.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         scaling = self.scaling
+        if self.config.qk_norm:
+            key = self.k_norm(key)
         if self.config.rope_on_read:
             cos, sin, angles = position_embeddings
             if slots is None:
@@ -172,7 +181,10 @@ class MLAAttention(ConvertedAttention):
         groups = weight.shape[0]
         if self.config.rope_on_read and not self.qk_rope_head_dim:
             key_bias = None if bias is None else bias[:, :n]
-            scores = slot_scores(query, cached.squeeze(1), weight[:, :n], key_bias, slots, angles)
+            norm = self.k_norm if self.config.qk_norm else None
+            scores = slot_scores(
+                query, cached.squeeze(1), weight[:, :n], key_bias, slots, angles, norm
+            )
             scores = scores.view(batch, heads, length, -1) * (self.scaling * angles.score_scaling)
             weights = self._softmax(scores, mask, query.dtype)
             mixed = self._mix(weights, cached)

@@ -26,6 +26,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
         rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot:
             the one rotated key of a layer with d_r above 0, which is then read from the latent, and
             the keys of all heads, whole, of a layer with d_r = 0.
+        qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
+            have one; keys are then formed when they are read, and rotated whole.
         conversion: The recipe the checkpoint was made with.
     """
 
@@ -45,6 +47,7 @@ class MLAConfigMixin(ConvertedConfigMixin):
     q_lora_rank: int | None = None
     kv_lora_rank_per_layer: list[int] | None = None
     rope_on_read: bool = False
+    qk_norm: bool = False
     kv_a_bias: bool = False
     kv_b_bias: bool = False
 
@@ -76,6 +79,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
 
     def _check_rope(self):
         super()._check_rope()
+        if self.qk_norm and (self.qk_rope_head_dim or not self.rope_on_read):
+            raise ValueError(
+                "qk_norm=True needs whole keys formed when they are read: rope_on_read=True and "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} at 0."
+            )
         if self.rope_on_read and self.qk_nope_head_dim != self.head_dim:
             raise ValueError(
                 f"rope_on_read=True needs qk_nope_head_dim={self.qk_nope_head_dim} to be the "

@@ -96,10 +96,12 @@ def slot_scores(
     bias: torch.Tensor | None,
     slots: torch.Tensor,
     angles: SlotAngles,
+    norm: Any = None,
 ) -> torch.Tensor:
     """Unscaled scores [B, H * T, S] of query [B, H, T, d] at `slots` [T] against rotated keys.
 
-    Key s of KV head g is Rot_s (weight_g latent_s + bias_g), weight [g, d, r], bias [g, d]. Keys
+    Key s of KV head g is Rot_s norm(weight_g latent_s + bias_g), weight [g, d, r], bias [g, d],
+    `norm` an RMSNorm or None. Keys
     are formed for a chunk of slots and for the KV heads alone, and turned in place, as complex
     numbers, by their offset within the chunk; the query is turned by the rest of the angle, once a
     chunk. A query matrix with a block for each KV head reads the chunk as it lies, uncopied.
@@ -131,7 +133,11 @@ def slot_scores(
     for chunk, start in enumerate(range(0, total, size)):
         part = latent[:, start : start + size]
         keys = nn.functional.linear(part.flatten(0, 1), rows, offset).to(work)
-        pairs = torch.view_as_complex(keys.view(batch, -1, groups, dim // 2, 2))
+        keys = keys.view(batch, -1, groups, dim // 2, 2)
+        if norm is not None:
+            length = (keys.square().mean((-2, -1), keepdim=True) + norm.variance_epsilon).rsqrt()
+            keys = keys * length * norm.weight.to(work).view(2, -1).T
+        pairs = torch.view_as_complex(keys)
         pairs.mul_(phase[: pairs.shape[1]])
         keys = keys.view(batch, -1, groups * dim)
         scores[..., start : start + size] = torch.bmm(keys, blocks[chunk]).transpose(1, 2)

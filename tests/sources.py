@@ -28,6 +28,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
     StableLmConfig,
@@ -72,6 +76,12 @@ FAMILIES = {
         NO_ROPE | dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
     ),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM, GROUPED),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, GROUPED),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    ),
 }
 # What a family's other checkpoints have: case -> family, fields.
 VARIANTS = {
@@ -79,6 +89,7 @@ VARIANTS = {
     "stablelm, parallel": ("stablelm", dict(use_qkv_bias=False, use_parallel_residual=True)),
     "gpt_neox, plain": ("gpt_neox", dict(attention_bias=False, use_parallel_residual=False)),
     "olmo, biases": ("olmo", dict(attention_bias=True)),
+    "qwen3, biases": ("qwen3", dict(attention_bias=True)),
     "opt, norm after": ("opt", dict(do_layer_norm_before=False)),
 }
 # Llama, Mistral and Qwen2 have tests of their own beside the ones for all.

@@ -18,7 +18,13 @@ from rehead.converters.calibration import (
     query_gradients,
     score_importance,
 )
-from rehead.converters.maps import position_angles, project, reference_attention, rotate
+from rehead.converters.maps import (
+    normalised,
+    position_angles,
+    project,
+    reference_attention,
+    rotate,
+)
 
 SHAPES = {
     "grouped": {},
@@ -245,3 +251,45 @@ def test_kronecker_does_not_depend_on_the_gradients_unit():
 def test_kronecker_of_no_gradients_is_finite():
     found = kronecker(layers.inputs(2), torch.zeros(2, 24, 5))
     assert all(torch.isfinite(part).all() for part in vars(found).values())
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_gradients_before_a_norm_are_those_of_autograd(which):
+    """Of the probe, through a norm of every head: as if the maps' bias had moved token by token."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: 0.5 + torch.rand(8, generator=generator).double() for name in ("q", "k")}
+    maps = replace(
+        layers.maps(bias=True), q_norm=weights["q"], k_norm=weights["k"], norm_eps=1e-3
+    ).to(torch.float32)
+    x = layers.inputs(1, 12)
+    z = project(x, getattr(maps, which), getattr(maps, f"{which}_bias"))
+    direction = torch.randn(12, maps.hidden, generator=seeded())
+    leaf = z.clone().requires_grad_()
+    weight = getattr(maps, f"{which}_norm")
+    other = maps.keys(x) if which == "q" else maps.queries(x)
+    mine = normalised(leaf, weight, maps.norm_eps)
+    q, k = (mine, other) if which == "q" else (other, mine)
+    angles = position_angles(maps.inv_freq, 12)[:, None]
+    q, k = (rotate(part, angles).transpose(1, 2) for part in (q, k))
+    v = project(x, maps.v, maps.v_bias).transpose(1, 2)
+    heads = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=maps.scaling, enable_gqa=True
+    )
+    y = torch.einsum("bhtv,dhv->btd", heads, maps.o)
+    (wanted,) = torch.autograd.grad((y * direction).sum(), leaf)
+    found = (
+        query_gradients(maps, x, seeded())
+        if which == "q"
+        else probe_gradients(maps, x, seeded())[0]
+    )
+    assert error(found, wanted) < 1e-5
+    # An error along a key itself is taken away by its norm; without the norm it counts.
+    along = (found * z).sum(-1).abs().max() / (found.norm(dim=-1) * z.norm(dim=-1)).max()
+    assert along < 1e-3
+    plain = replace(maps, **{f"{which}_norm": None})
+    twin = (
+        query_gradients(plain, x, seeded())
+        if which == "q"
+        else probe_gradients(plain, x, seeded())[0]
+    )
+    assert error(twin, wanted) > 1e-2

@@ -24,7 +24,8 @@ from rehead.converters.families import family as family_module
 from rehead.converters.maps import AttentionMaps, reference_attention
 from rehead.converters.stream import LayerStream
 from rehead.evaluation import kv_bytes_per_token
-from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES
+from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES, MLAAttention, rope_slots
+from rehead.modeling import mla as mla_module
 
 IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -36,8 +37,10 @@ FORMS = {
     "mfa-kr": dict(to="mfa-kr"),
     "gqa": dict(to="gqa"),
 }
-# Without RoPE nothing is rotated.
+# Keys that are normalised must be formed; and without RoPE nothing is rotated.
+NORMED = [family for family in FAMILIES if FAMILIES[family].qk_norm]
 IMPOSSIBLE = [("gpt2", "mla on read"), ("opt", "mla on read")]
+IMPOSSIBLE += [(family, form) for family in NORMED for form in FORMS if form != "mla on read"]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
         factor = float(model.base_model.rotary_emb.attention_scaling)
         if factor != 1:
             wrong["factor"] = replace(maps, scaling=maps.scaling / factor**2)
-    for name in ("q_bias", "o_bias"):
+    for name in ("q_bias", "o_bias", "q_norm", "k_norm"):
         if getattr(maps, name) is not None:
             wrong[name] = replace(maps, **{name: None})
     if 0 < family.rotary_dim(model.config) < maps.qk_dim:
@@ -203,7 +206,7 @@ def cached_and_full(model):
         for case in sources.NEW
         for form in FORMS
         if (sources.CASES[case][0], form) not in IMPOSSIBLE
-        and (case in sources.FAMILIES or form in ("mla", "mfa-kr"))
+        and (case in sources.FAMILIES or form in ("mla", "mfa-kr") or "qwen3" in case)
     ],
 )
 @torch.no_grad()
@@ -226,8 +229,8 @@ def test_the_whole_budget_is_exact(case, form, saved, text, tmp_path):
 
 
 HALVES = [
-    *((family, "mla") for family in sources.FAMILIES if family not in tiny.SOURCES),
-    *((family, "mla on read") for family in ("phi3", "phi", "gpt_neox", "qwen2_moe")),
+    *((f, "mla") for f in sources.FAMILIES if f not in tiny.SOURCES and f not in NORMED),
+    *((family, "mla on read") for family in ("phi3", "phi", "gpt_neox", "qwen2_moe", *NORMED)),
     *((family, "mfa") for family in ("phi3", "stablelm", "gpt2", "mixtral")),
     *((family, "mfa-kr") for family in ("gpt_neox", "opt", "gemma", "olmo")),
     *((family, "gqa") for family in ("phi3", "stablelm", "mixtral", "phi", "gemma")),
@@ -293,7 +296,8 @@ print("equal")
 @torch.no_grad()
 def test_checkpoints_carry_their_code(tmp_path):
     """In a process that cannot import rehead: MLA and MFA by turns, to see every file once."""
-    made = [(family, MLA_CLASSES if n % 2 else MFA_CLASSES) for n, family in enumerate(MLA_CLASSES)]
+    made = [(family, MLA_CLASSES if n % 2 else MFA_CLASSES) for n, family in enumerate(MFA_CLASSES)]
+    made += [(family, MLA_CLASSES) for family in NORMED]
     made += [(family, GQA_CLASSES) for family in GQA_CLASSES]
     places = []
     for family, classes in made:
@@ -302,6 +306,8 @@ def test_checkpoints_carry_their_code(tmp_path):
         fields = sources.FAMILIES[family][2]
         if classes is GQA_CLASSES:
             fields = fields | dict(num_key_value_heads=2)
+        elif family in NORMED:
+            fields = fields | tiny.ON_READ | dict(qk_norm=True)
         else:
             fields = fields | (tiny.DECOUPLED if classes is MLA_CLASSES else tiny.FACTORED) | rope
         config, _, causal_lm = classes[family]
@@ -341,8 +347,34 @@ def test_checkpoints_as_they_were_published_are_read(family, saved, text, tmp_pa
     assert {name.split(".")[0] for name in names} <= {model.base_model_prefix, "embed_out"}
 
 
+@pytest.mark.parametrize("family", NORMED)
+@torch.no_grad()
+def test_keys_are_normalised_wherever_they_are_formed(family, monkeypatch):
+    """Absorbed over several chunks, and expanded."""
+    config, _, causal_lm = MLA_CLASSES[family]
+    fields = sources.FAMILIES[family][2] | tiny.ON_READ | dict(qk_norm=True)
+    torch.manual_seed(0)
+    model = tiny.fill_biases(causal_lm(config(**fields | dict(kv_b_bias=True)))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.2, 2)
+    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 7)
+    for always in (True, False):
+        tiny.absorb(monkeypatch, MLAAttention, always)
+        cached, full = cached_and_full(model)
+        assert error(cached, full) < 1e-5
+    right = rope_slots.slot_scores
+    tiny.absorb(monkeypatch, MLAAttention, True)
+    monkeypatch.setattr(mla_module, "slot_scores", lambda *args: right(*args[:-1], None))
+    cached, full = cached_and_full(model)
+    assert error(cached, full) > 1e-2
+    with pytest.raises(ValueError, match="rope_on_read=True"):
+        config(**sources.FAMILIES[family][2] | tiny.DECOUPLED | dict(qk_norm=True))
+
+
 def test_every_family_has_classes_and_a_row_here():
-    assert list(FAMILIES) == list(sources.FAMILIES) == list(MLA_CLASSES) == list(MFA_CLASSES)
+    assert list(FAMILIES) == list(sources.FAMILIES) == list(MLA_CLASSES)
+    assert [family for family in FAMILIES if family not in NORMED] == list(MFA_CLASSES)
     assert list(GQA_CLASSES) == ["gpt_neox", "gpt2", "opt"]  # whose own class has no KV heads
     assert not set(FAMILIES) & set(REFUSED)
 
@@ -379,7 +411,9 @@ def test_what_cannot_be_carried_is_refused_by_name(family, fields, message):
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path):
     family, form = case
-    with pytest.raises(InputError, match=r"has no RoPE.*Leave out --rope on-read") as told:
+    with pytest.raises(
+        InputError, match=r"Leave out --rope on-read|use --to mla --rope on-read"
+    ) as told:
         run(saved(family)[0], tmp_path / "out", text, **FORMS[form])
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
@@ -394,7 +428,6 @@ def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path
         ("rwkv", "no cache of keys"),
         ("t5", "no causal decoder"),
         ("bert", "no causal decoder"),
-        ("qwen3", "normalises queries and keys"),
         ("olmo2", "normalises queries and keys"),
         ("gemma2", "caps its scores"),
         ("bloom", "ALiBi"),

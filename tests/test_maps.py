@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import error
 
-from rehead.converters.families import FAMILIES, family_of
+from rehead.converters.families import family_of
 from rehead.converters.maps import (
     AttentionMaps,
     attention,
@@ -118,7 +118,7 @@ def test_angles_start_where_asked():
 
 
 @pytest.mark.parametrize("rope_type", ROPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.SOURCES)
 @torch.no_grad()
 def test_reference_is_transformers_own_attention(family, rope_type):
     """Qwen2 has biases, filled with random numbers; 40 tokens are beyond longrope's short ones."""

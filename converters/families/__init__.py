@@ -48,6 +48,9 @@ def _opt(config: PretrainedConfig) -> str | None:
     return None
 
 
+_QWEN_EXPERTS = Experts(
+    "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+)
 _QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
 
 FAMILIES = {
@@ -66,9 +69,7 @@ FAMILIES = {
         ),
         Family(
             "qwen2_moe",
-            experts=Experts(
-                "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-            ),
+            experts=_QWEN_EXPERTS,
             refuse=_sliding_window,
         ),
         Family(
@@ -117,6 +118,8 @@ FAMILIES = {
             refuse=_opt,
         ),
         Family("seed_oss"),
+        Family("qwen3", qk_norm=True, refuse=_sliding_window),
+        Family("qwen3_moe", qk_norm=True, experts=_QWEN_EXPERTS, refuse=_sliding_window),
     )
 }
 
@@ -124,8 +127,8 @@ _LATENT = "has multi-head latent attention already, and a cache that small"
 _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
 _NORM = (
-    "normalises queries and keys after their projections, so that keys are no linear map of the "
-    "input: not supported yet"
+    "normalises queries and keys in a way that is not supported yet (of Qwen3's, head by head, "
+    "it is)"
 )
 _ALIBI = "adds biases by distance to its scores (ALiBi): not supported yet"
 
@@ -139,7 +142,7 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo gemma3 gemma3_text hunyuan_v1_dense olmo2 olmo3 olmoe qwen3 qwen3_moe",
+        _NORM: "flex_olmo gemma3 gemma3_text hunyuan_v1_dense olmo2 olmo3 olmoe",
         _ALIBI: "bloom mpt",
         "caps its scores (attn_logit_softcapping) and slides a window in every second layer: not "
         "supported yet": "gemma2",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,7 @@ class Family:
         buffers: tensors of the attention module that no weight is lost with.
         rotary: which part of a head is rotated: the "whole", the part that the config says
             ("partial"), or "none".
+        qk_norm: an RMS norm of each head's query and key, before their rotation.
         positions: the table of learned positions; the first is the one in row `first_position`.
         embed_scale: what embeddings are multiplied with.
         parallel: whether the MLP's output joins the residual stream together with attention's.
@@ -73,6 +74,7 @@ class Family:
     transposed: bool = False
     buffers: frozenset[str] = frozenset({"rotary_emb.inv_freq"})
     rotary: Literal["whole", "partial", "none"] = "whole"
+    qk_norm: bool = False
     positions: str | None = None
     first_position: int = 0
     embed_scale: Callable[[PretrainedConfig], float] = field(default=lambda config: 1.0)
@@ -119,6 +121,10 @@ class Family:
                 found[role + suffix] = rows
         o = self._stored(left.pop(f"{self.o}.weight"))
         o_bias = left.pop(f"{self.o}.bias", None)
+        norms: dict[str, Any] = {}
+        if self.qk_norm:
+            norms = {name: left.pop(f"{name}.weight") for name in ("q_norm", "k_norm")}
+            norms["norm_eps"] = config.rms_norm_eps
         if left:
             raise InputError(
                 f"{config.model_type} layers hold {sorted(left)[0]}, which this conversion does "
@@ -140,6 +146,7 @@ class Family:
             o_bias=o_bias,
             inv_freq=torch.cat([inv_freq, still]).double(),
             scaling=width**-0.5 * (attention_factor**2 if rotated else 1.0),
+            **norms,
         )
 
     def write(self, maps: AttentionMaps, attention_factor: float) -> dict[str, Tensor]:
@@ -161,8 +168,9 @@ class Family:
             else:
                 found[f"{self.fused}.{kind}"] = self._fuse(list(rows.values()))
         found[f"{self.o}.weight"], found[f"{self.o}.bias"] = maps.o.flatten(1), maps.o_bias
+        found |= {f"{name}.weight": getattr(maps, name) for name in ("q_norm", "k_norm")}
         return {
-            name: self._stored(tensor) if name.endswith("weight") else tensor
+            name: self._stored(tensor) if tensor.dim() == 2 else tensor
             for name, tensor in found.items()
             if tensor is not None
         }
