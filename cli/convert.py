@@ -1,5 +1,6 @@
 """`convert` and `rehead convert`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,6 +198,8 @@ def convert(
                 share_q_dim=share_q_dim,
                 progress=progress,
             )
+        for line in done.warnings:
+            print(f"rehead: warning: {line}", file=sys.stderr)
         if as_json:
             print_json(console, done.to_dict())
         else:

@@ -68,6 +68,7 @@ class Target(ABC):
     most: int
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        _check_heads(config)
         self.config, self.recipe = config, recipe
         self.heads = config.num_attention_heads
         self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
@@ -431,6 +432,24 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
         flag = f"--preset {recipe.preset}" if recipe.preset else flag
         raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
     return target(config, recipe)
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """Raises unless there are layers, and heads that can share and rotate."""
+    layers, heads, groups = config.num_hidden_layers, config.num_attention_heads, kv_heads(config)
+    if layers < 1:
+        raise InputError(f"config.json asks for {layers} layers: there is nothing to convert.")
+    if heads < 1 or groups < 1 or heads % groups:
+        raise InputError(
+            f"config.json asks for {heads} query heads on {groups} KV heads, which cannot share "
+            "them evenly."
+        )
+    width = head_dim(config)
+    if width < 2 or width % 2:
+        raise InputError(
+            f"config.json asks for heads of width {width}. Rotary embedding turns pairs, so it "
+            "must be even."
+        )
 
 
 def _without_windows(fields: dict[str, Any]) -> dict[str, Any]:

@@ -272,6 +272,7 @@ def test_json_is_all_that_stands_on_stdout(conversion, capsys):
     ("error", "code", "told"),
     [
         (InputError("kv_budget=3 is too much.\nUse 1."), 2, "kv_budget=3 is too much. Use 1."),
+        (InputError("a tensor \x1b[2J\x07 of a stranger"), 2, r"a tensor \[2J of a stranger$"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (typer.Abort(), 130, "interrupted"),
         (ValueError("a\nfault"), 1, "internal error: ValueError: a fault.*REHEAD_DEBUG=1"),
