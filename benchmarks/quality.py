@@ -3,6 +3,7 @@
     python benchmarks/quality.py run MODEL --calibration valid.txt --text test.txt \\
         --name smollm2 --ropes decoupled,on-read --budgets 75,50,33,25 --heal 0
     python benchmarks/quality.py table smollm2
+    python benchmarks/quality.py pivot smollm2
     python benchmarks/quality.py plot smollm2 --output docs/images/quality.png
 
 A figure that is in the results already is not measured again. Calibration and evaluation must be
@@ -135,6 +136,34 @@ def table(name: str) -> None:
             f"| {form} | {row['rope']} | {row['budget']:g}% | {row['steps']} | "
             f"{row['perplexity']:.2f} | {ratio:.3f} | {seconds} | {memory} |"
         )
+
+
+@app.command()
+def pivot(name: str) -> None:
+    """Budgets against forms as Markdown: perplexity of the closed form / after healing."""
+    rows = _read(name)
+    converted = [row for row in rows if row["form"] != "original"]
+    order = {kind: place for place, kind in enumerate(PLOTTED)}
+    columns = sorted(
+        {(row["form"], row["rope"], row["label"]) for row in converted},
+        key=lambda column: (column[2], order[column[:2]]),
+    )
+    peers = {"TransMLA": TRANSMLA} if name == "smollm2" else {}
+    titles = [*peers, *(" ".join(filter(None, column)) for column in columns)]
+    print("| KV cache kept | " + " | ".join(titles) + " |")
+    print("|---" * (len(titles) + 1) + "|")
+    for budget in sorted({row["budget"] for row in converted}, reverse=True):
+        cells = [f"{peer[budget]:.2f}" if budget in peer else "" for peer in peers.values()]
+        for form, rope, label in columns:
+            found = {
+                bool(row["steps"]): f"{row['perplexity']:.2f}"
+                for row in converted
+                if (row["form"], row["rope"], row["label"], row["budget"])
+                == (form, rope, label, budget)
+            }
+            both = f"{found.get(False, '–')} / {found[True]}" if True in found else None
+            cells.append(both or found.get(False, ""))
+        print(f"| {budget:g}% | " + " | ".join(cells) + " |")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`convert` and `rehead convert`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="MLA, MFA: rotated dims of the key. Overrides the budget.",
+            help="MLA, MFA: rotated dims of the key. Overrides the budget. "
+            "[dim]On-read they cost none of it; 0 rotates every key whole.[/]",
             rich_help_panel=SIZE,
         ),
     ] = None,
@@ -102,6 +104,13 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="MLA: engine, what llama.cpp can hold: --native, no biases, plain frequencies.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -152,13 +161,15 @@ def convert(
     For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
     """
     with results(as_json) as console:
-        from ..converters import FORMS, POOLINGS, ROPES
+        from ..converters import FORMS, POOLINGS, PRESETS, ROPES
         from ..converters import convert as run
 
         choice("--to", to, list(FORMS))
         choice("--rope", rope, list(ROPES))
         if pooling is not None:
             choice("--pooling", pooling, list(POOLINGS))
+        if preset is not None:
+            choice("--preset", preset, list(PRESETS))
         with progress_bars() as progress:
             done = run(
                 model,
@@ -171,6 +182,7 @@ def convert(
                 rope=rope,
                 uniform_rank=uniform_rank,
                 native=native,
+                preset=preset,
                 seed=seed,
                 dtype=dtype,
                 device=device,
@@ -186,6 +198,8 @@ def convert(
                 share_q_dim=share_q_dim,
                 progress=progress,
             )
+        for line in done.warnings:
+            print(f"rehead: warning: {line}", file=sys.stderr)
         if as_json:
             print_json(console, done.to_dict())
         else:

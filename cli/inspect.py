@@ -1,7 +1,8 @@
 """`rehead inspect`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,7 +10,18 @@ from rich.table import Table
 
 from .console import print_json, results, size
 
+if TYPE_CHECKING:
+    from ..converters.inspection import Offer
+
 CONTEXTS = (4096, 32768, 131072)
+# Gigabytes of a GPU, and sequences at once, for which the longest context is told.
+MEMORIES, BATCHES = (8, 24, 80), (1, 32)
+WIDE = 140
+LEGEND = (
+    "[dim]in 24 GB: tokens a sequence beside the weights, one sequence / 32 at once. attention: "
+    "its parameters (mfa: at most). FRH, SLSD, TER: rank of a head, of what keys are read from, "
+    "and of all heads together (2412.19255).[/]"
+)
 ADVICE = (
     "When to take which: [bold]mla[/] decodes fast and has DeepSeek's layout, which engines know; "
     "[bold]mla --rope on-read[/] is nearest to the original at every size and costs more compute "
@@ -38,19 +50,68 @@ def inspect(
 
 
 def _inspect(model: str) -> dict[str, Any]:
+    import torch
+
     from ..converters import InputError
     from ..converters.inspection import describe, offers
-    from ..evaluation import cache_bytes_of_config, load_config
+    from ..evaluation import cache_bytes_of_config, capacity, load_config, parameter_counts
 
     config = load_config(model)
     found = {"model": model} | describe(config)
     found["kv_bytes_per_token"] = cache_bytes_of_config(config)
-    found["refused"], found["forms"] = None, []
+    total, attention = parameter_counts(config)
+    itemsize = getattr(torch, found["dtype"]).itemsize
+    found |= {
+        "parameters": total,
+        "attention_parameters": attention,
+        "capacity": asdict(capacity(config)),
+        "contexts": _contexts(total * itemsize, found["kv_bytes_per_token"]),
+        "recommended": None,
+        "refused": None,
+        "forms": [],
+    }
     try:
-        found["forms"] = [asdict(offer) for offer in offers(config)]
+        found["forms"] = [_offer(offer, total - attention, itemsize) for offer in offers(config)]
     except InputError as error:
         found["refused"] = str(error)
+    if found["forms"]:
+        found["recommended"] = _recommended(model, found)
     return found
+
+
+def _offer(offer: "Offer", rest: int, itemsize: int) -> dict[str, Any]:
+    """An offer as JSON, with what its config says; `rest` parameters do not change."""
+    from ..evaluation import capacity, parameter_counts
+
+    fields = {k: v for k, v in vars(offer).items() if k != "config"}
+    if offer.config is None or offer.kv_bytes_per_token is None:
+        return fields
+    attention = parameter_counts(offer.config)[1]
+    return fields | {
+        "attention_parameters": attention,
+        "capacity": asdict(capacity(offer.config)),
+        "contexts": _contexts((rest + attention) * itemsize, offer.kv_bytes_per_token),
+    }
+
+
+def _contexts(weights: int, per_token: int) -> list[dict[str, int]]:
+    """How many tokens' cache fits beside the weights, for every memory and batch."""
+    return [
+        {
+            "memory_gb": memory,
+            "batch": batch,
+            "tokens": max(0, int(memory * 1e9 - weights) // (per_token * batch)),
+        }
+        for memory in MEMORIES
+        for batch in BATCHES
+    ]
+
+
+def _recommended(model: str, found: dict[str, Any]) -> str:
+    command = f"convert --to mla {model} --kv-budget"
+    if found["num_key_value_heads"] == found["num_attention_heads"]:
+        return f"{command} 25%  (a KV head for every query head has much to spare)"
+    return f"{command} 50%  (query heads share KV heads already, so there is less to spare)"
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
@@ -75,13 +136,38 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     if found["refused"]:
         console.print(f"Not convertible: {found['refused']}", soft_wrap=True)
         return
+    # What a narrow terminal has no room for is left out whole.
+    wide = console.width >= WIDE
+    memories = MEMORIES if wide else MEMORIES[1:2]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("form", "budget", "KV per token", "dims of a layer"):
-        table.add_column(title)
-    for offer in found["forms"]:
+    table.add_column("form")
+    fits = [f"in {memory} GB" for memory in memories]
+    for title in ("cache", "a token", *fits, "attention", "FRH", "SLSD", "TER"):
+        table.add_column(title, justify="right")
+    if wide:
+        table.add_column("dims of a layer")
+    now = found | {"form": f"now ({found['form']})", "kv_budget": 1.0, "rope": "", "dims": {}}
+    for offer in (now, *found["forms"]):
         if offer["refused"] is None:
-            dims = ", ".join(f"{name} {value}" for name, value in offer["dims"].items())
-            cells = (f"{offer['kv_budget']:.1%}", size(offer["kv_bytes_per_token"]), dims)
-            table.add_row(offer["form"], *cells)
+            table.add_row(*_cells(offer, memories)[: len(table.columns)])
     console.print(table)
+    console.print(LEGEND)
     console.print(ADVICE)
+    console.print(f"Recommended: [bold]{found['recommended']}[/]", soft_wrap=True)
+
+
+def _cells(offer: dict[str, Any], memories: Sequence[int]) -> list[str]:
+    form = offer["form"] + (" on-read" if offer["rope"] == "on-read" else "")
+    tokens = {(c["memory_gb"], c["batch"]): _short(c["tokens"]) for c in offer["contexts"]}
+    fits = [" / ".join(tokens[memory, batch] for batch in BATCHES) for memory in memories]
+    measures = [f"{offer['capacity'][name]:.0f}" for name in ("frh", "slsd", "ter")]
+    dims = ", ".join(f"{name} {value}" for name, value in offer["dims"].items())
+    share, each = f"{offer['kv_budget']:.1%}", size(offer["kv_bytes_per_token"])
+    return [form, share, each, *fits, _short(offer["attention_parameters"]), *measures, dims]
+
+
+def _short(number: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)

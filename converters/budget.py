@@ -34,23 +34,27 @@ class Budget:
     def of(cls, config: PretrainedConfig, recipe: Recipe) -> "Budget":
         groups, on_read = kv_heads(config), recipe.rope == "on-read"
         keys = groups * head_dim(config)
-        rotatable = 0 if on_read else groups * FAMILIES[config.model_type].rotary_dim(config)
+        rotated = FAMILIES[config.model_type].rotary_dim(config)
+        # Engines rotate every frequency once.
+        rotatable = rotated if recipe.preset == "engine" else groups * rotated
         rank = min(2 * keys, config.hidden_size)
         # What is not rotated shares the latent with the values.
-        everything = LayerDims(min(2 * keys - rotatable, rank), rotatable)
+        split = LayerDims(min(2 * keys - rotatable, rank), rotatable)
+        everything = LayerDims(rank, on_read=True) if on_read else split
         budget = cls(
             source=2 * keys,
-            width=int(recipe.kv_budget * 2 * keys + 1e-9),
+            width=_width(recipe, 2 * keys),
             rotatable=rotatable,
             rank=rank,
             most=everything.width,
             fixed=None,
         )
         fixed = budget._explicit(recipe)
-        if fixed is None and budget.width >= everything.width:
+        exact = on_read or rotatable == groups * rotated
+        if fixed is None and exact and budget.width >= everything.width:
             fixed = everything
         if fixed is None:
-            if budget.width < (3 if rotatable else 1):
+            if budget.width < (1 if on_read or not rotatable else 3):
                 raise InputError(
                     f"--kv-budget {recipe.kv_budget:.2%} leaves {budget.width} of the "
                     f"{2 * keys} numbers cached per token and layer. Give a larger one."
@@ -61,21 +65,35 @@ class Budget:
 
     def _explicit(self, recipe: Recipe) -> LayerDims | None:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+        on_read = recipe.rope == "on-read"
+        if rotated is not None and (rotated % 2 or rotated > self.rotatable):
+            why = "what --preset engine rotates" if recipe.preset else "the width of all key heads"
+            raise InputError(
+                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, {why}."
+            )
+        if on_read and (rank is None or rotated is None):
+            # What the one leaves open is measured.
+            self._check_rank(rank, 0)
+            return None
         if rank is None:
             if rotated is None:
                 return None
             rank = self.width - rotated
         elif rotated is None:
             rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
-        if rotated % 2 or rotated > self.rotatable:
-            raise InputError(
-                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
-                f"of all key heads{' (0 with --rope on-read)' if not self.rotatable else ''}."
-            )
+        self._check_rank(rank, 0 if on_read else rotated)
+        return LayerDims(rank, rotated, on_read=on_read)
+
+    def _check_rank(self, rank: int | None, rotated: int) -> None:
         most = min(self.source - rotated, self.rank)
-        if not 1 <= rank <= most:
+        if rank is not None and not 1 <= rank <= most:
             raise InputError(
                 f"kv_lora_rank={rank} with qk_rope_head_dim={rotated} is not between 1 and {most}, "
                 "beyond which nothing is gained. Use at most that, or give --kv-budget."
             )
-        return LayerDims(rank, rotated)
+
+
+def _width(recipe: Recipe, source: int) -> int:
+    if recipe.rope == "on-read" and recipe.kv_lora_rank is not None:
+        return recipe.kv_lora_rank
+    return int(recipe.kv_budget * source + 1e-9)

@@ -169,6 +169,8 @@ def probe_gradients(
     x: Float[Tensor, "N T D"],
     generator: torch.Generator,
     unrotated_q: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    rotated_too: bool = False,
 ) -> tuple[Float[Tensor, "N T G E"], Float[Tensor, "N T G V"]]:
     """Gradients of sum_t z_t . y_t for random z, with respect to un-rotated keys, and to values.
 
@@ -177,25 +179,29 @@ def probe_gradients(
     Args:
         unrotated_q: (weight [H, E', D], bias [H, E'] or None) of position-free queries. The key
             gradients are then those of the position-free keys these queries meet.
+        rotated_too: those of the keys as they are come first, and of position-free ones second.
     """
-    angles = position_angles(maps.inv_freq, x.shape[1]).float()
-    width = maps.qk_dim if unrotated_q is None else unrotated_q[0].shape[1]
+    angles = position_angles(maps.inv_freq, x.shape[1])[:, None].float()
+    rotated = maps.qk_dim if unrotated_q is None or rotated_too else 0
+    width = rotated + (0 if unrotated_q is None else unrotated_q[0].shape[1])
     keys = x.new_zeros(len(x), maps.kv_heads, x.shape[1], width)
     values = x.new_zeros(len(x), maps.kv_heads, x.shape[1], maps.v_dim)
     for i, sequence in enumerate(x):
         free = None if unrotated_q is None else project(sequence, *unrotated_q).transpose(0, 1)
         for seen, heads, weights, scores in _backward(maps, sequence, generator):
-            q = (seen.q if free is None else free[:, seen.rows]).unflatten(0, (maps.kv_heads, -1))
+            q = seen.q[..., :rotated]
+            if free is not None:
+                q = torch.cat([q, free[:, seen.rows]], dim=-1)
+            q = q.unflatten(0, (maps.kv_heads, -1))
             # Summed over a group's heads in the product itself.
             keys[i, :, : seen.rows.stop] += scores.flatten(1, 2).mT @ q.flatten(1, 2)
             values[i, :, : seen.rows.stop] += weights.flatten(1, 2).mT @ heads.flatten(1, 2)
-    keys *= maps.scaling
-    if unrotated_q is not None:
-        return keys.transpose(1, 2), values.transpose(1, 2)
-    keys = rotate(keys, -angles).transpose(1, 2)
-    if maps.k_norm is not None:
+    keys, values = keys.transpose(1, 2) * maps.scaling, values.transpose(1, 2)
+    if rotated:
+        keys[..., :rotated] = rotate(keys[..., :rotated], -angles)
+    if maps.k_norm is not None and unrotated_q is None:
         keys = before_norm(keys, project(x, maps.k, maps.k_bias), maps.k_norm, maps.norm_eps)
-    return keys, values.transpose(1, 2)
+    return keys, values
 
 
 def query_gradients(

@@ -6,10 +6,11 @@ broken checkpoint is told at once and not after an hour. A tensor is read with p
 into its own memory: nothing is mapped, so the resident memory is that of the tensors asked for.
 """
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .errors import InputError, one_line
+from .folder import SIDE_FILES, check_folder
 from .shards import Entry, read_entries, read_json
 from .writer import Writer
 
 __all__ = ["Source", "Writer", "copy_side_files", "locate", "open_source"]
 
-# Everything beside the weights that a folder needs to be used. Never weights, never code.
-SIDE_FILES = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+# Counts that transformers makes as many things of when it reads a config, and their limit.
+COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")
+MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,20 @@ class Source:
         """The size of all tensors together, in bytes."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    def fingerprint(self) -> str:
+        """Another one for another config, and after any weight file has been written anew."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, in its stored dtype, in memory of its own."""
+        """The tensor of that name, in its stored dtype, in memory of its own.
+
+        Raises:
+            InputError: there is none, or it cannot be read, or holds what is no number.
+        """
         entry = self._entry(name)
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
@@ -88,7 +89,14 @@ class Source:
                     view = view[count:]
         except OSError as error:
             raise InputError(f"cannot read {entry.file}: {error.strerror or error}.") from error
-        return data.view(entry.dtype).reshape(entry.shape)
+        tensor = data.view(entry.dtype).reshape(entry.shape)
+        numbers = tensor.numel() and tensor.is_floating_point() and entry.dtype.itemsize > 1
+        if numbers and not all(end.isfinite() for end in tensor.aminmax()):  # NaN is both ends
+            raise InputError(
+                f"{entry.file}: {name} holds values that are not finite. The checkpoint is "
+                "damaged; download it again."
+            )
+        return tensor
 
     def _entry(self, name: str) -> Entry:
         try:
@@ -117,13 +125,21 @@ def open_source(
     path = locate(model, cache_dir=cache_dir)
     config = read_config(path)
     accept(config)
-    return _checked(Source(path=path, config=config, entries=read_entries(path)))
+    source = Source(path=path, config=config, entries=read_entries(path))
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(source.entries):
+        raise InputError(
+            f"{path / 'config.json'} asks for {layers} layers, and there are "
+            f"{len(source.entries)} tensors. They do not belong together."
+        )
+    return _checked(source)
 
 
 def locate(model: str | Path, *, cache_dir: str | Path | None = None) -> Path:
     """The Hugging Face folder of a folder, a hub id or a `.gguf` file."""
     path = Path(model).expanduser()
     if path.is_dir():
+        check_folder(path)
         return path
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -165,6 +181,7 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
             f"{name} is no file or folder here, and the hub could not be reached for it "
             f"({one_line(error, 120)}). Give a folder or a .gguf file."
         ) from error
+    check_folder(Path(folder))
     return Path(folder)
 
 
@@ -183,6 +200,10 @@ def read_config(path: Path) -> PretrainedConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{file} names no model_type, so the model's family is unknown.")
+    for part in _objects(content):
+        for name in COUNTS:
+            if isinstance(part.get(name), (int, float)) and not part[name] <= MOST:
+                raise InputError(f"{file} asks for {name}={part[name]}, beyond any model's.")
     if content.get("quantization_config"):
         method = re.search(r'"quant_method": "(\w+)"', json.dumps(content["quantization_config"]))
         raise InputError(
@@ -198,6 +219,18 @@ def read_config(path: Path) -> PretrainedConfig:
                 "does not know; code that comes with a checkpoint is not run."
             ) from error
         raise InputError(f"{file} does not describe a model: {one_line(error)}") from error
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in one."""
+    todo = [content]  # not by recursion: nesting is a stranger's choice
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield item
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
 
 
 def _checked(source: Source) -> Source:

@@ -4,15 +4,16 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 import hashlib
-import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -23,7 +24,7 @@ from .job import Job, Progress
 from .memory import peak_rss_bytes
 from .model_card import model_card
 from .plan import parse_budget
-from .recipe import Conversion, LayerReport, Recipe
+from .recipe import Conversion, LayerReport, Recipe, odd_layers
 from .targets import ROPES, TARGETS, Target, target_of
 from .text import default_calibration_text, read_text, windows
 from .work import work_folder
@@ -50,6 +51,7 @@ def convert(
     rope: str = "decoupled",
     uniform_rank: bool = False,
     native: bool = False,
+    preset: str | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -79,12 +81,16 @@ def convert(
         rope: "decoupled" or "on-read", of MLA.
         uniform_rank: give every layer the same dims.
         native: and the same frequencies, which is what transformers' own MLA classes can hold.
-        dtype: of the weights written; None for the source's.
+        preset: "engine" for what engines such as llama.cpp hold: native, without biases, and with
+            the frequencies base^(-2j/d) that they compute.
+        dtype: of the weights written; None for the source's, where every weight that stays keeps
+            its own.
         kv_lora_rank, qk_rope_head_dim, num_key_value_heads, head_dim: explicit dims of the form
             that has them, instead of a budget.
         q_lora_rank: give MLA's queries a low rank too.
         pooling: of GQA and MQA, "aligned" (None) or "mean".
         share_q_dim: width of MFA's shared query projection; None for what the error allows.
+        resume: go on with what an interrupted run of the same recipe has left beside the output.
         progress: called as progress(stage, done, total, info).
 
     Raises:
@@ -110,8 +116,9 @@ def convert(
         pooling=pooling,
         head_dim=head_dim,
         share_q_dim=share_q_dim,
-        uniform=uniform_rank or native,
-        native=native,
+        uniform=uniform_rank or native or preset == "engine",
+        native=native or preset == "engine",
+        preset=preset,
     )
     source = open_source(model, accept=family_of)
     output = Path(output).expanduser()
@@ -119,7 +126,7 @@ def convert(
     family = family_of(source.config)
     target = target_of(source.config, recipe)
     cast, where = target_dtype(dtype, source), target_device(device)
-    tokens = calibration_tokens(source, recipe, calibration)
+    tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
     job = Job(source, family, recipe, target, where, progress or _silent)
 
@@ -139,6 +146,7 @@ def convert(
             seconds=time.monotonic() - began,
             peak_rss_bytes=peak_rss_bytes(),
             layers=layers,
+            warnings=odd_layers(layers),
             recipe=recipe,
         )
 
@@ -147,22 +155,44 @@ def convert(
             dims = job.survey(tokens, Path(scratch))
         planned = [LayerReport(i, dim.named()) for i, dim in enumerate(dims)]
         return result(None, [dim.width for dim in dims], planned)
-    # A text changed under the same name is another recipe.
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    note = json.dumps(asdict(recipe) | {"tokens": digest}, sort_keys=True)
-    with work_folder(output.with_name(f".{output.name}.work"), note, resume) as work:
+    note = resume_note(recipe, source, tokens, where)
+    place = output.with_name(f".{output.name}.work")
+    with (
+        work_folder(place, note, resume) as work,
+        Writer(
+            output,
+            force=force,
+            expected_bytes=source.bytes,
+            protect=source.path,
+            folder=work / "model",
+        ) as writer,
+    ):
         dims = job.survey(tokens, work)
         widths = [dim.width for dim in dims]
-        with Writer(
-            output, force=force, expected_bytes=source.bytes, protect=source.path
-        ) as writer:
-            layers, biases = job.write(tokens, dims, work, writer, cast)
-            config = converted_config(target, recipe, layers, biases, cast)
-            config.save_pretrained(writer.folder)
-            copy_side_files(source, writer.folder)
-            card = model_card(result(output, widths, layers), source.config)
-            writer.finish({"README.md": card})
+        layers, biases = job.write(tokens, dims, work, writer, cast, dtype is not None)
+        config = converted_config(target, recipe, layers, biases, cast)
+        config.save_pretrained(writer.folder)
+        copy_side_files(source, writer.folder)
+        writer.close()
+        job.verify(writer.folder, work, tokens, cast)
+        card = model_card(result(output, widths, layers), source.config)
+        writer.finish({"README.md": card})
     return result(output, widths, layers)
+
+
+def resume_note(
+    recipe: Recipe, source: Source, tokens: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """All that a conversion's bytes come from; a run that differs in any is not resumed."""
+    return asdict(recipe) | {
+        # A text or a model changed under the same name is another one.
+        "the calibration text's digest": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "the source's digest": source.fingerprint(),
+        "device": str(device),
+        "rehead": version("rehead"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _silent(stage: str, done: int, total: int, info: dict[str, Any]) -> None:
@@ -188,8 +218,8 @@ def converted_config(
     return target.config_of(layers, fields)
 
 
-def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) -> Tensor:
-    """`recipe.samples` windows of the calibration text, drawn by the seed."""
+def calibration_tokens(source: Source, samples: int, seed: int, calibration: str | None) -> Tensor:
+    """So many windows of the calibration text, drawn by the seed; fewer of a short text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
@@ -200,14 +230,14 @@ def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) 
     longest = getattr(source.config, "max_position_embeddings", SEQUENCE_LENGTH)
     length = min(SEQUENCE_LENGTH, longest)
     # A few times as many as needed, so that they do not all come from the text's start.
-    tokens = windows(tokenizer, text, length, 8 * recipe.samples)
+    tokens = windows(tokenizer, text, length, 8 * samples)
     if int(tokens.max()) >= source.config.vocab_size:
         raise InputError(
             f"the tokenizer of {source.path} gives id {int(tokens.max())}, and the model knows "
             f"{source.config.vocab_size}. They do not belong together."
         )
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))
-    return tokens[order[: recipe.samples]]
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:samples]]
 
 
 def target_device(name: str) -> torch.device:
@@ -222,8 +252,13 @@ def target_device(name: str) -> torch.device:
 
 
 def target_dtype(name: str | None, source: Source) -> torch.dtype:
+    """The dtype of that name; for None the one that most of the source is stored in."""
     if name is None:
-        return source.dtype(next(n for n in source.names() if n.endswith("weight")))
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in source.entries.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] += entry.nbytes
+        return sizes.most_common(1)[0][0]
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise InputError(f"--dtype {name} is unknown. Use float32, bfloat16, float16 or float64.")

@@ -5,8 +5,12 @@ class InputError(ValueError):
     """A user's mistake or bad input, told in one line: what was asked, what is true, what to do.
 
     The command line prints it on stderr and leaves with exit code 2; everything else that is
-    raised is a fault of ours.
+    raised is a fault of ours. What the message quotes may come from a stranger's file: line breaks
+    and a terminal's control characters become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,6 +18,12 @@ from .writer import Writer
 
 # Part of the cached folder's name: raised whenever the same file gives another folder.
 VERSION = 1
+
+# The format's numbers for the kinds of values, and the bytes of those of one width.
+STRING, ARRAY = 8, 9
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Of all lists together; the largest vocabularies have a third of it.
+MAX_ITEMS = 1 << 22
 
 
 def gguf_folder(path: Path, *, cache_dir: str | Path | None = None) -> Path:
@@ -47,20 +53,78 @@ def _check_and_hash(path: Path) -> str:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{path} is not a GGUF file.")
+            _check_header(path, file)
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
+def _check_header(path: Path, file: BinaryIO) -> None:
+    """Raises unless every count and length that the header names lies within the file.
+
+    The reader believes them: a list said to be 2^60 long makes it take memory until there is none.
+    """
+    size, left = os.fstat(file.fileno()).st_size, MAX_ITEMS
+
+    def skip(count: int) -> None:
+        if count > size - file.tell():
+            raise InputError(
+                f"{path} cannot be read as a GGUF model: its header names more than the file holds."
+            )
+        file.seek(count, os.SEEK_CUR)
+
+    def number(width: int) -> int:
+        skip(width)
+        file.seek(-width, os.SEEK_CUR)
+        return int.from_bytes(file.read(width), "little")
+
+    def value(kind: int, depth: int = 0) -> None:
+        nonlocal left
+        if kind == STRING:
+            skip(number(8))
+        elif kind in WIDTHS:
+            skip(WIDTHS[kind])
+        elif kind == ARRAY and depth < 2:
+            inner, count = number(4), number(8)
+            left -= count
+            if left < 0:
+                raise InputError(
+                    f"{path} cannot be read as a GGUF model: its lists have more than {MAX_ITEMS} "
+                    "items."
+                )
+            if inner in WIDTHS:
+                skip(count * WIDTHS[inner])
+                return
+            for _ in range(count):
+                value(inner, depth + 1)
+        else:
+            raise InputError(f"{path} cannot be read as a GGUF model: a value of kind {kind}.")
+
+    file.seek(4)
+    if number(4) not in (2, 3):
+        raise InputError(f"{path} cannot be read as a GGUF model: version 2 and 3 are known.")
+    tensors, fields = number(8), number(8)
+    for _ in range(fields):
+        skip(number(8))
+        value(number(4))
+    for _ in range(tensors):
+        skip(number(8))
+        skip(8 * number(4) + 4 + 8)
+
+
 def _build(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place = {"gguf_file": path.name, "local_files_only": True}
     try:
         rope = _rope_parameters(path)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), **place, trust_remote_code=False, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), **place, trust_remote_code=False
+        )
     except InputError:
         raise
     # The reader trusts the file's counts and offsets, so a damaged file fails in any way.

@@ -240,7 +240,9 @@ def merge_values(maps: AttentionMaps, moments: GQAMoments, group: Group) -> Merg
     up, mix = torch.linalg.qr(factors.up[:, : maps.v_dim])
     size = len(group) ** 0.5
     down = mix @ factors.down[: maps.v_dim] / size
-    down = torch.nn.functional.pad(down, (0, maps.hidden + 1 - down.shape[1]))
+    missing = maps.v_dim - len(down)  # where the input has fewer dims than a head
+    down = torch.nn.functional.pad(down, (0, maps.hidden + 1 - down.shape[1], 0, missing))
+    up = torch.nn.functional.pad(up, (0, missing))
     return MergedValues(up=(up * size).unflatten(0, (len(group), -1)), down=down)
 
 

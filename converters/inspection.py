@@ -1,5 +1,6 @@
 """What a model's cache is, and what it could be, from its config alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ from transformers import PretrainedConfig
 
 from .errors import InputError
 from .families import family_of
-from .recipe import Recipe
-from .targets import TARGETS, Target, target_of
+from .recipe import LayerReport, Recipe
+from .targets import ROPES, TARGETS, MFATarget, Target, target_of
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
 
@@ -22,13 +23,16 @@ class Offer:
         kv_budget: the share of the source's cache it keeps; where it is refused, that was asked.
         dims: of a layer of mean width, by the config's names.
         kv_bytes_per_token: over all layers.
-        refused: why it cannot be had, in one line; dims and bytes are then None.
+        config: of such a model, all its layers with these dims.
+        refused: why it cannot be had, in one line; the rest is then None.
     """
 
     form: str
     kv_budget: float
+    rope: str = "decoupled"
     dims: dict[str, int] | None = None
     kv_bytes_per_token: int | None = None
+    config: PretrainedConfig | None = None
     refused: str | None = None
 
 
@@ -52,37 +56,51 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def offers(config: PretrainedConfig) -> list[Offer]:
+def offers(config: PretrainedConfig, shares: Sequence[float] = SHARES) -> list[Offer]:
     """Every form at every share; of a model that cannot be converted none.
 
     Raises:
         InputError: no form is to be had, and why.
     """
-    family = family_of(config)
-    itemsize = (config.dtype or torch.float32).itemsize
-    found = []
+    family_of(config)
+    found: list[Offer] = []
+    seen = set()
     for form in TARGETS:
-        # The one kind of RoPE that keys which are normalised can have.
-        rope = "on-read" if family.qk_norm and form == "mla" else "decoupled"
-        for share in SHARES:
-            try:
-                target = target_of(config, _recipe(form, share, rope))
-            except InputError as error:
-                found.append(Offer(form, share, refused=str(error)))
-                continue
-            dims = _mean_dims(target)
-            size = dims.width * config.num_hidden_layers * itemsize
-            offer = Offer(form, dims.width / target.source, dims.named(), size)
-            if offer not in found:  # of heads there are only so many
-                found.append(offer)
+        for rope in ROPES if form == "mla" else ROPES[:1]:
+            for share in shares:
+                offer = _offer(config, form, rope, share)
+                key = (form, rope, offer.refused or offer.kv_budget)
+                if key not in seen:  # of heads there are only so many
+                    found.append(offer)
+                seen.add(key)
     return found
 
 
-def _recipe(form: str, share: float, rope: str) -> Recipe:
-    return Recipe("", form, rope, share, calibration="", samples=0, heal=0, seed=0)
+def _offer(config: PretrainedConfig, form: str, rope: str, share: float) -> Offer:
+    recipe = Recipe("", form, rope, share, calibration="", samples=0, heal=0, seed=0)
+    try:
+        target = target_of(config, recipe)
+    except InputError as error:
+        return Offer(form, share, rope, refused=str(error))
+    dims = _mean_dims(target)
+    named = dims.named()
+    size = dims.width * config.num_hidden_layers * (config.dtype or torch.float32).itemsize
+    converted = _config(target, named)
+    return Offer(form, dims.width / target.source, rope, named, size, converted)
 
 
 def _mean_dims(target: Target) -> Any:
     if target.fixed is not None:
         return target.fixed[0]
     return target.dims(target.width, sorted(target.splits)[len(target.splits) // 2])
+
+
+def _config(target: Target, dims: dict[str, int]) -> PretrainedConfig:
+    """The config of a model whose layers all have these dims."""
+    source = target.config
+    if isinstance(target, MFATarget):
+        dims = {"share_q_dim": source.hidden_size} | dims  # at most
+    count = dims.get("qk_rope_head_dim", 0) // 2
+    pairs = tuple(index % (target.head_dim // 2) for index in range(count))
+    fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
+    return target.config_of([LayerReport(0, dims, pairs)] * source.num_hidden_layers, fields)

@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .checkpoint import Source
+from .errors import InputError
 from .families import Family
 from .healing import Form, has_fast_bfloat16, heal, output_error
 from .maps import AttentionMaps
@@ -20,6 +22,7 @@ from .recipe import LayerReport, Recipe
 from .refit import refit_output
 from .stream import LayerStream
 from .targets import Dims, Target
+from .verify import verify
 from .work import load, save
 from .writer import Writer
 
@@ -57,6 +60,9 @@ class Job:
     def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
         """Every layer's moments, kept in `work`, and the dims the budget buys."""
         # What moments and choices take from the text is coarser than bfloat16.
+        for name in self.source.names():
+            if not name.startswith(f"{self.family.layers}."):
+                self.source.tensor(name)  # what is only copied, at the end: damage is told now
         stream = self._stream(tokens[:SURVEY_SEQUENCES], has_fast_bfloat16(self.device))
         curves, shares = [], []
         for layer in range(self.layers):
@@ -96,9 +102,9 @@ class Job:
             form = build(target.dims(width, share))
             return output_error(refit_output(form, few), measured).absolute
 
-        at_mean = {share: error(target.width, share) for share in target.splits}
-        share = min(at_mean, key=at_mean.__getitem__)
-        curve = {target.width: at_mean[share]}
+        at_mean = cache(partial(error, target.width))
+        share = target.choose(at_mean)
+        curve = {target.width: at_mean(share)}
         if not self.recipe.uniform:
             for ratio in TRIED_WIDTHS:
                 width = min(max(target.least, round(ratio * target.width)), target.most)
@@ -122,8 +128,12 @@ class Job:
         work: Path,
         writer: Writer,
         dtype: torch.dtype,
+        everything: bool,
     ) -> tuple[list[LayerReport], dict[str, bool]]:
         """Fits every layer to its dims, heals it, and writes it and all that stays.
+
+        Args:
+            dtype: of the attention, and with `everything` of what stays too.
 
         Returns:
             A report of every layer, and which projections have a bias.
@@ -148,7 +158,8 @@ class Job:
             else:
                 tensors = form.state_dict(stream.attention_factor**2)
             for name, tensor in tensors.items():
-                writer.add(self.family.prefix(layer) + name, tensor.to(dtype))
+                name = self.family.prefix(layer) + name
+                writer.add(name, cast(name, tensor, dtype))
             biases = form.biases()
             parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
             reports.append(
@@ -167,8 +178,15 @@ class Job:
         for name in self.source.names():
             if not name.startswith(prefixes):
                 tensor = self.source.tensor(name)
-                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                writer.add(name, cast(name, tensor, dtype) if everything else tensor)
         return reports, biases
+
+    def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
+        """Raises unless the folder computes, layer by layer, what the layers were fitted to."""
+        forms = (load(work / f"fitted-{i:04d}.pt")[0] for i in range(self.layers))
+        found = verify(folder, self.family, forms, tokens, dtype, self.device)
+        for layer, off in enumerate(found, 1):
+            self.progress("verify", layer, self.layers, {"off by": off})
 
     def _fit(self, layer: int, form: Form, seen: Activations) -> tuple[Form, float, float]:
         """(the form, the error of its closed form, and the one that is left)."""
@@ -192,6 +210,24 @@ class Job:
 
     def _generator(self, layer: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype, if it is one of floating-point numbers.
+
+    Raises:
+        InputError: it has a value too large for the dtype.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} has a value of {float(tensor.abs().max()):.3g}, which {kind} cannot hold. "
+            "Give --dtype bfloat16 or float32."
+        )
+    return found
 
 
 def hold_out(seen: Sequences) -> tuple[Sequences, Sequences]:

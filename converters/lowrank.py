@@ -77,8 +77,12 @@ class WeightedSVD:
 
     @classmethod
     def of(cls, left: Float[Tensor, "M M"], right: Float[Tensor, "D D"]) -> "WeightedSVD":
-        roots = square_roots(left) if len(left) <= len(right) else None
-        return cls(left, roots, *square_roots(right))
+        return cls(left, None, *square_roots(right)).under(left)
+
+    def under(self, left: Float[Tensor, "M M"]) -> "WeightedSVD":
+        """The same with another left moment."""
+        roots = square_roots(left) if len(left) <= len(self.right) else None
+        return WeightedSVD(left, roots, self.right, self.right_inverse)
 
     def __call__(self, weight: Float[Tensor, "M D"]) -> Factors:
         seen = weight @ self.right

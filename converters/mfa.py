@@ -184,8 +184,8 @@ def mfa_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims],
     position-free keys in a singular value decomposition, and the values are then regressed on the
     whole latent.
     """
-    assert moments.phases is not None
     kronecker, phases = moments.kronecker, moments.phases
+    assert phases is not None
     ranked = rope_components(maps, phases)
     keys = maps.kv_heads * maps.qk_dim
     blocks = kronecker.gradients[:keys, :keys], kronecker.gradients[keys:, keys:]

@@ -1,8 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434) from any attention's maps.
 
 Decoupled: the strongest rotated components keep RoPE in one key all heads share, the rest of the
-keys and all values are read from a latent of rank r, position-free. On-read: keys keep RoPE whole,
-the latent is cached before rotation and rotated when it is read.
+keys and all values are read from a latent of rank r, position-free. On-read: the latent alone is
+cached, and what is rotated is rotated when it is read: the same components, which cost no cache
+now but a product with the latent for each token that is read, or every key, whole.
 
 Letters: H query heads, G KV heads, E source head width, P = E/2 pairs, V value width, D hidden
 size, n rotated components (2n rotated dims), r latent rank.
@@ -10,6 +11,7 @@ size, n rotated components (2n rotated dims), r latent rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,14 +47,17 @@ class MLA:
     Args:
         q: per head [position-free | rotated real parts | rotated imaginary parts].
         q_down: low-rank queries: q then maps from its q_lora_rank outputs instead of from D.
-        kv_a: [latent | rotated key's real parts | imaginary parts].
+        kv_a: [latent | rotated key's real parts | imaginary parts]; on-read the latent alone.
         kv_b: per KV head [position-free key | value], from the latent.
+        k_rope: on-read, the rotated key [real parts | imaginary parts], from the latent.
         o: output map.
         rope_pairs: for each rotated component the index of its frequency in `inv_freq`.
         inv_freq: the source's frequencies.
         scaling: the score multiplier, a rotary attention factor included.
-        rope_on_read: keys come from the latent alone and are rotated with all of `inv_freq`.
-        q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; on-read alone.
+        rope_on_read: keys come from the latent alone. Without k_rope they are rotated whole, with
+            all of `inv_freq`.
+        q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
+            rotated whole alone.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -63,6 +68,8 @@ class MLA:
     inv_freq: Float[Tensor, " P"]
     scaling: float
     rope_on_read: bool = False
+    k_rope: Float[Tensor, "R r"] | None = None
+    k_rope_bias: Float[Tensor, " R"] | None = None
     q_down: Float[Tensor, "L D"] | None = None
     q_bias: Float[Tensor, "H Q"] | None = None
     kv_a_bias: Float[Tensor, " A"] | None = None
@@ -78,7 +85,7 @@ class MLA:
 
     @property
     def qk_rope_head_dim(self) -> int:
-        return 0 if self.rope_on_read else 2 * len(self.rope_pairs)
+        return 2 * len(self.rope_pairs)
 
     @property
     def v_head_dim(self) -> int:
@@ -117,17 +124,23 @@ class MLA:
         biases: dict[str, Any] = dict(
             q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias
         )
-        if self.rope_on_read:
+        if self.rope_on_read and self.k_rope is None:
             norms: dict[str, Any] = dict(
                 q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.norm_eps
             )
             return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases, **norms)
         groups = kv.shape[0]
-        k = torch.cat([k, self.kv_a[r:].expand(groups, -1, -1)], dim=1)
-        if self.kv_a_bias is not None:
+        rope, rope_bias = self.kv_a[r:], _rows(self.kv_a_bias, slice(r, None))
+        if self.k_rope is not None:
+            rope, rope_bias = self.k_rope @ latent, self.k_rope_bias
+            if latent_bias is not None:
+                read = self.k_rope @ latent_bias
+                rope_bias = read if rope_bias is None else rope_bias + read
+        k = torch.cat([k, rope.expand(groups, -1, -1)], dim=1)
+        if rope_bias is not None:
             if k_bias is None:
                 k_bias = k.new_zeros(groups, nope)
-            biases["k_bias"] = torch.cat([k_bias, self.kv_a_bias[r:].expand(groups, -1)], dim=1)
+            biases["k_bias"] = torch.cat([k_bias, rope_bias.expand(groups, -1)], dim=1)
         order = half_layout(nope, len(self.rope_pairs))
         for name in ("q_bias", "k_bias"):
             bias = biases[name]
@@ -145,7 +158,8 @@ class MLA:
                 take it here.
         """
         q, q_bias = self.q, self.q_bias
-        if not self.rope_on_read and rope_factor != 1.0:
+        whole = self.rope_on_read and self.k_rope is None
+        if not whole and rope_factor != 1.0:
             scale = q.new_ones(q.shape[1])
             scale[: self.qk_nope_head_dim] = rope_factor
             q = q * scale[:, None]
@@ -156,8 +170,8 @@ class MLA:
             "q_proj.bias" if self.q_down is None else "q_b_proj.bias": _flat(q_bias),
             "kv_a_proj_with_mqa.weight": self.kv_a,
             "kv_a_proj_with_mqa.bias": self.kv_a_bias,
-            "kv_b_proj.weight": self.kv_b.flatten(0, 1),
-            "kv_b_proj.bias": _flat(self.kv_b_bias),
+            "kv_b_proj.weight": _append(self.kv_b.flatten(0, 1), self.k_rope),
+            "kv_b_proj.bias": _append(_flat(self.kv_b_bias), self.k_rope_bias),
             "o_proj.weight": self.o.flatten(1),
             "o_proj.bias": self.o_bias,
             "q_norm.weight": self.q_norm,
@@ -171,12 +185,15 @@ class MLAMoments:
     """All that the calibration text says about one layer, for either kind of RoPE.
 
     Args:
-        kronecker: of position-free keys and values; on-read, of keys and values as they are.
-        phases: None on-read, where no rotation is dropped.
+        kronecker: of position-free keys and values; on-read, of each KV head's [keys as they are |
+            position-free keys], and of values.
+        phases: what it costs to drop a rotation. None where keys are normalised, and none can be;
+            there are then no position-free keys.
     """
 
     kronecker: Kronecker
-    phases: PhaseMoments | None = None
+    phases: PhaseMoments | None
+    rope_on_read: bool = False
 
 
 def mla_moments(
@@ -187,40 +204,81 @@ def mla_moments(
 ) -> MLAMoments:
     """Moments of one layer on calibration inputs x, in float32."""
     narrow = maps.to(torch.float32)
-    if rope_on_read:
-        keys, values = probe_gradients(narrow, x, generator)
-        return MLAMoments(kronecker(x, torch.cat([keys.flatten(2), values.flatten(2)], -1)))
+    if maps.k_norm is not None:
+        whole, values = probe_gradients(narrow, x, generator)
+        gradients = torch.cat([whole.flatten(2), values.flatten(2)], -1)
+        return MLAMoments(kronecker(x, gradients), None, rope_on_read)
     phases = phase_moments(narrow, x[: (len(x) + 2) // 3])  # few numbers: a third is plenty
     q, q_bias = position_free_queries(maps, phases)
     free = (q.float(), None if q_bias is None else q_bias.float())
-    keys, values = probe_gradients(narrow, x, generator, free)
+    keys, values = probe_gradients(narrow, x, generator, free, rotated_too=rope_on_read)
     gradients = torch.cat([keys.flatten(2), values.flatten(2)], -1)
-    return MLAMoments(kronecker(x, gradients), phases)
+    return MLAMoments(kronecker(x, gradients), phases, rope_on_read)
 
 
 def to_mla(maps: AttentionMaps, moments: MLAMoments, dims: LayerDims) -> MLA:
-    """The layer as MLA of the given dims; decoupled where the moments have phases."""
+    """The layer as MLA of the given dims, with the moments' kind of RoPE."""
     return mla_builder(maps, moments)(dims)
 
 
 def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
     """`to_mla` for many dims, with what they have in common done once."""
+    if moments.rope_on_read:
+        return _on_read_builder(maps, moments)
     kronecker, phases = moments.kronecker, moments.phases
+    assert phases is not None
     svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
-
-    def factorise(keys: Float[Tensor, "G E D"]) -> Factors:
-        """The joint latent of keys and values at every rank."""
-        return svd(torch.cat([keys.flatten(0, 1), maps.v.flatten(0, 1)]))
-
-    if phases is None:
-        factors = factorise(maps.k)
-        return lambda dims: on_read_mla(maps, factors, moments, dims)
     ranked = rope_components(maps, phases)
 
     def build(dims: LayerDims) -> MLA:
         components = ranked if dims.rope_pairs is None else ranked.first(dims.rope_pairs)
         split = split_rope(maps, phases, components, dims.qk_rope_head_dim // 2)
-        return decoupled_mla(maps, split, factorise(split.k_nope), moments, dims)
+        factors = svd(torch.cat([split.k_nope.flatten(0, 1), maps.v.flatten(0, 1)]))
+        return decoupled_mla(maps, split, factors, moments, dims)
+
+    return build
+
+
+def _on_read_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
+    kronecker, phases = moments.kronecker, moments.phases
+    svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+    if phases is None:
+        factors = svd(torch.cat([maps.k.flatten(0, 1), maps.v.flatten(0, 1)]))
+        return lambda dims: whole_key_mla(maps, factors, moments, dims)
+    groups, width = maps.kv_heads, maps.qk_dim
+    # Where in the gradients a group's keys as they are, its position-free keys, and values stand.
+    keys = torch.arange(2 * groups * width).view(groups, 2 * width)
+    whole, free = keys[:, :width].flatten(), keys[:, width:].flatten()
+    rest = torch.arange(2 * groups * width, len(kronecker.gradients))
+    ranked = rope_components(maps, phases)
+
+    @cache
+    def every_key() -> Factors:
+        chosen = torch.cat([whole, rest])
+        moment = kronecker.gradients[chosen][:, chosen]
+        return svd.under(moment)(torch.cat([maps.k.flatten(0, 1), maps.v.flatten(0, 1)]))
+
+    @cache
+    def some_components(count: int) -> tuple[RopeSplit, Factors]:
+        split = split_rope(maps, phases, ranked, count)
+        # The rotated key's gradients are those of the keys it is part of.
+        moment = kronecker.gradients
+        rotated = split.synthesis @ moment[whole]
+        others = torch.cat([free, rest])
+        moment = torch.cat(
+            [
+                torch.cat([rotated[:, whole] @ split.synthesis.mT, rotated[:, others]], dim=1),
+                torch.cat([rotated[:, others].mT, moment[others][:, others]], dim=1),
+            ]
+        )
+        rows = [split.k_rope, split.k_nope.flatten(0, 1), maps.v.flatten(0, 1)]
+        return split, svd.under(moment)(torch.cat(rows))
+
+    def build(dims: LayerDims) -> MLA:
+        count = dims.qk_rope_head_dim // 2
+        if count == 0:
+            return whole_key_mla(maps, every_key(), moments, dims)
+        return read_key_mla(maps, *some_components(count), moments, dims)
 
     return build
 
@@ -250,8 +308,39 @@ def decoupled_mla(
     )
 
 
-def on_read_mla(maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims: LayerDims) -> MLA:
-    """The latent that is rotated on read, at the given rank."""
+def read_key_mla(
+    maps: AttentionMaps, split: RopeSplit, factors: Factors, moments: MLAMoments, dims: LayerDims
+) -> MLA:
+    """A latent of the given rank, which the split's rotated key is read from too."""
+    nope, rank, mean = maps.qk_dim, dims.kv_lora_rank, moments.kronecker.mean
+    down, rotated = factors.down[:rank], len(split.k_rope)
+    k_rope, up = factors.up[:rotated, :rank], factors.up[rotated:, :rank]
+    kv_b = _stack_groups(up, maps, nope)
+    # What is constant over tokens costs no rank: it is a bias, rotated with its key.
+    bias = (split.k_rope - k_rope @ down) @ mean
+    if split.k_rope_bias is not None:
+        bias = bias + split.k_rope_bias
+    return MLA(
+        q=torch.cat([split.q_nope, split.q_rope], dim=1),
+        kv_a=down,
+        kv_b=kv_b,
+        o=maps.o,
+        rope_pairs=split.rope_pairs,
+        inv_freq=maps.inv_freq,
+        scaling=maps.scaling,
+        rope_on_read=True,
+        k_rope=k_rope,
+        k_rope_bias=bias,
+        q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
+        kv_b_bias=kv_b.new_zeros(kv_b.shape[:2]),
+        o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
+    )
+
+
+def whole_key_mla(
+    maps: AttentionMaps, factors: Factors, moments: MLAMoments, dims: LayerDims
+) -> MLA:
+    """A latent of the given rank, from which every key is read and rotated whole."""
     nope, rank, mean = maps.qk_dim, dims.kv_lora_rank, moments.kronecker.mean
     up, down = factors.up[:, :rank], factors.down[:rank]
     kv_b = _stack_groups(up, maps, nope)
@@ -289,7 +378,7 @@ def with_low_rank_queries(
             "rank that the queries have."
         )
     order = None
-    if not mla.rope_on_read:
+    if mla.rope_pairs:
         order = torch.tensor(half_layout(mla.qk_nope_head_dim, len(mla.rope_pairs))).argsort()
     factors, mean = query_factors(mla.expand().to(torch.float32), mla.q, x, generator, order)
     up, down = factors.up[:, :rank], factors.down[:rank]
@@ -310,6 +399,10 @@ def _stack_groups(up: Float[Tensor, "M r"], maps: AttentionMaps, nope: int) -> T
 
 def _rows(tensor: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:
     return None if tensor is None else tensor[(slice(None),) * dim + (rows,)]
+
+
+def _append(rows: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return rows if rows is None or more is None else torch.cat([rows, more])
 
 
 def _flat(bias: Float[Tensor, "H E"] | None) -> Tensor | None:

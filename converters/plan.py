@@ -15,6 +15,10 @@ TRIED_WIDTHS = (0.6, 1.0, 1.5)
 WIDTH_STEP = 4
 # Shares of a layer's width that may be rotated dims.
 TRIED_SPLITS = (0.2, 0.3, 0.45)
+# On-read, shares of the keys' width that may be rotated; they cost no cache but time to read. The
+# least is taken that keeps the error within the margin of that with every key rotated.
+READ_SPLITS = (1 / 4, 1 / 3, 1 / 2)
+READ_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,17 @@ class LayerDims:
 
     Args:
         rope_pairs: the frequencies of the rotated components; None to choose the layer's best.
+        on_read: the rotated dims are read from the latent instead of cached, 0 for every key whole.
     """
 
     kv_lora_rank: int
     qk_rope_head_dim: int = 0
     rope_pairs: tuple[int, ...] | None = None
+    on_read: bool = False
 
     @property
     def width(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        return self.kv_lora_rank + (0 if self.on_read else self.qk_rope_head_dim)
 
     def named(self) -> dict[str, int]:
         """The dims by the config's names."""

@@ -1,8 +1,14 @@
 """What a conversion was asked to do, and what it did."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+# A layer is out of the ordinary whose error is so many times the median layer's, and no trifle.
+ODD_RATIO = 10.0
+ODD_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Recipe:
     share_q_dim: int | None = None
     uniform: bool = False
     native: bool = False
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,32 @@ class LayerReport:
         return {"layer": fields.pop("layer")} | fields.pop("dims") | fields
 
 
+def odd_layers(layers: Sequence[LayerReport]) -> list[str]:
+    """A line for every layer whose error is out of the ordinary."""
+    errors = {layer.layer: layer.error for layer in layers if layer.error is not None}
+    usual = median([error for error in errors.values() if error < 1] or [0.0])
+    lines = []
+    for layer, error in errors.items():
+        if not error < 1:  # not a number counts
+            lines.append(
+                f"layer {layer} is further from the original than no output at all would be "
+                f"(error {error:.3g})"
+            )
+        elif error > max(ODD_ERROR, ODD_RATIO * usual):
+            lines.append(
+                f"layer {layer} has an error of {error:.3g}, and the median layer one of "
+                f"{usual:.3g}"
+            )
+    return lines
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did, or with `--dry-run` would do."""
+    """What a conversion did, or with `--dry-run` would do.
+
+    Args:
+        warnings: a line for every layer whose error is out of the ordinary.
+    """
 
     output: Path | None
     form: str
@@ -64,6 +94,7 @@ class Conversion:
     recipe: Recipe
     attention_parameters: dict[str, int] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""

@@ -31,8 +31,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-# The format's own limit on the length of a header, in bytes.
-MAX_HEADER = 100_000_000
+# The most that is read of a header or a JSON file, in bytes. Parsed, it takes some twenty times as
+# much memory at worst; the headers of the largest models are a third of this.
+MAX_HEADER = 1 << 25
+# Beyond any tensor's: what the format allows could take for ever to multiply.
+MAX_DIMS, MAX_SIZE = 16, 1 << 62
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, item) for name, item in header.items()}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -113,13 +116,34 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(
             f"{path} is cut short: {size} bytes, and its header names {end}. Download it again."
         )
-    return dict(sorted(entries.items(), key=lambda pair: pair[1].start))
+    entries = dict(sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].nbytes)))
+    place = 8 + length
+    for name, entry in [*entries.items(), ("the end", None)]:
+        if place != (size if entry is None else entry.start):
+            raise InputError(
+                f"{path} has a damaged safetensors header (bytes before {name} belong to no tensor "
+                "or to two)."
+            )
+        place += entry.nbytes if entry else 0
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
+    return found
 
 
 def _entry(path: Path, offset: int, item: Mapping[str, Any]) -> Entry:
     dtype = DTYPES[item["dtype"]]
-    shape = tuple(int(n) for n in item["shape"])
-    start, end = (int(n) for n in item["data_offsets"])
+    shape = tuple(item["shape"])
+    start, end = item["data_offsets"]
+    numbers = (*shape, start, end)
+    if len(shape) > MAX_DIMS or any(type(n) is not int or n > MAX_SIZE for n in numbers):
+        raise ValueError(f"shape or place of {len(shape)} dims holds what is no size")
     nbytes = math.prod(shape) * dtype.itemsize
     if start < 0 or any(n < 0 for n in shape) or end - start != nbytes:
         raise ValueError(f"shape {list(shape)} does not fit the bytes {start} to {end}")
@@ -129,7 +153,11 @@ def _entry(path: Path, offset: int, item: Mapping[str, Any]) -> Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
+        if path.stat().st_size > MAX_HEADER:
+            raise InputError(f"{path} is larger than any file of its kind ({MAX_HEADER} bytes).")
         content = json.loads(path.read_bytes())
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

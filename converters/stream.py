@@ -51,7 +51,16 @@ class LayerStream:
             ).eval()
         # Built off the meta device: its frequencies are computed, not loaded.
         rotary = getattr(self.skeleton.base_model, "rotary_emb", None)
-        self.rotary = None if rotary is None else type(rotary)(config).to(self.device)
+        self.rotary = None
+        if rotary is not None:
+            self.rotary = type(rotary)(config).to(self.device)
+            # Converted models hand more than angles to their layers.
+            self.rotary._forward_hooks.update(rotary._forward_hooks)
+        if not self.inv_freq.isfinite().all():
+            raise InputError(
+                f"{self.source.path / 'config.json'} gives rotary frequencies that are no finite "
+                "numbers (rope_parameters)."
+            )
 
     @property
     def inv_freq(self) -> Float[Tensor, " R2"]:
@@ -72,12 +81,6 @@ class LayerStream:
             for name in self.source.names()
             if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
         }
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(
-                    f"{self.source.path}: {prefix}{name} holds values that are not finite. The "
-                    "checkpoint is damaged; download it again."
-                )
         return self.family.read(self.source.config, tensors, self.inv_freq, self.attention_factor)
 
     @torch.no_grad()
@@ -114,6 +117,11 @@ class LayerStream:
         finally:
             handle.remove()
             module.to("meta")
+        if not (self.hidden.isfinite().all() and y.isfinite().all()):
+            raise InputError(
+                f"{self.source.path}: layer {layer} gives values that are not finite on the "
+                "calibration text. The checkpoint is damaged, or is not that of its config.json."
+            )
         return Activations(x, y, weights)
 
     def _rows(self) -> Iterator[slice]:
@@ -153,6 +161,15 @@ class LayerStream:
             for name, like in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
+        for parameter in module.parameters():
+            # As transformers marks what it has loaded.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        for part in module.modules():
+            computed = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
+            for buffer in computed:  # not stored: the model's own class fills them
+                setattr(part, buffer, torch.empty_like(getattr(part, buffer), device=self.device))
+            if computed:
+                self.skeleton._init_weights(part)
         return module
 
     def _weight(self, prefix: str, name: str, shape: torch.Size) -> Tensor:

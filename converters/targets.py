@@ -19,11 +19,12 @@ from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
 from .maps import AttentionMaps
 from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
 from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
-from .plan import TRIED_SPLITS, LayerDims, split_width
+from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
-from .rope_split import rope_components, shared_rope_pairs
+from .rope_split import rope_components, shared_rope_pairs, standard_rope_pairs
 
 ROPES = ("decoupled", "on-read")
+PRESETS = ("engine",)
 # Attention may grow in parameters by this before MFA's dims have to be asked for.
 MOST_GROWTH = 4
 
@@ -67,6 +68,7 @@ class Target(ABC):
     most: int
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        _check_heads(config)
         self.config, self.recipe = config, recipe
         self.heads = config.num_attention_heads
         self.kv_heads, self.head_dim = kv_heads(config), head_dim(config)
@@ -94,6 +96,10 @@ class Target(ABC):
     @abstractmethod
     def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
         """The closed form of one layer for any dims."""
+
+    def choose(self, error: Callable[[float], float]) -> float:
+        """The share of a layer's width to rotate, by the error of any share at mean width."""
+        return min(self.splits, key=error)
 
     def finish(
         self, form: Any, x: Float[Tensor, "N T D"], error: float, generator: torch.Generator
@@ -127,6 +133,7 @@ class MLATarget(Target):
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
         self.on_read = recipe.rope == "on-read"
+        self.engine = recipe.preset == "engine"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
         if self.on_read and not self.rotatable:
@@ -134,22 +141,60 @@ class MLATarget(Target):
                 f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
                 "Leave out --rope on-read."
             )
+        queries = recipe.q_lora_rank
+        if queries is not None and not 1 <= queries <= config.hidden_size:
+            raise InputError(
+                f"q_lora_rank={queries} must be at least 1 and at most {config.hidden_size}, the "
+                "rank that the queries have."
+            )
+        if self.engine and recipe.q_lora_rank is not None:
+            raise InputError("--preset engine keeps the queries whole. Leave out --q-lora-rank.")
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
-        self.least = 3 if self.budget.rotatable else 1
+        self.least = 3 if self.rotatable and not self.on_read else 1
         self.most = self.budget.most
-        self.splits = TRIED_SPLITS if self.budget.rotatable else (0.0,)
+        if self.on_read:
+            # Where keys are normalised, none is a sum of others.
+            self.splits = (1.0,) if self.qk_norm else READ_SPLITS
+            if self.qk_norm and recipe.qk_rope_head_dim:
+                raise InputError(
+                    f"{config.model_type} normalises every key, so all of them are rotated whole. "
+                    "Leave out --qk-rope-head-dim."
+                )
+            if recipe.qk_rope_head_dim is not None:
+                self.splits = (recipe.qk_rope_head_dim / self.rotatable or 1.0,)
+            if recipe.kv_lora_rank is not None:
+                self.least = self.most = self.width
+        elif self.rotatable:
+            self.splits = TRIED_SPLITS
 
     def dims(self, width: int, share: float) -> LayerDims:
-        return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        if not self.on_read:
+            return split_width(width, share, self.budget.rotatable, self.budget.rank)
+        # A component of each head's each frequency would be every key, in a dearer layout.
+        rotated = 2 * round(share * self.rotatable / 2) if share < 1 else 0
+        return LayerDims(min(width, self.budget.rank), rotated, on_read=True)
+
+    def choose(self, error: Callable[[float], float]) -> float:
+        if not self.on_read or len(self.splits) == 1:
+            return super().choose(error)
+        most = READ_MARGIN * error(1.0)
+        return next((share for share in self.splits if error(share) <= most), 1.0)
 
     def moments(self, maps, x, generator) -> MLAMoments:
+        if self.engine and (maps.q_bias is not None or maps.k_bias is not None):
+            raise InputError(
+                f"--preset engine has no place for the biases of this {self.config.model_type} "
+                "model's queries and keys. Use --native, which transformers' own class holds."
+            )
         return mla_moments(maps, x, generator, self.on_read)
 
     def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
         return mla_builder(maps, moments)
 
     def finish(self, form: MLA, x, error, generator) -> MLA:
+        if self.engine:  # what is fitted afterwards makes up for the bias
+            return replace(form, o_bias=None)
         if self.recipe.q_lora_rank is None:
             return form
         return with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
@@ -158,7 +203,11 @@ class MLATarget(Target):
         if not self.recipe.native:
             return dims
         ranked = [rope_components(maps, moments.phases) for maps, moments in layers]
-        pairs = shared_rope_pairs(ranked, dims[0].qk_rope_head_dim // 2)
+        count = dims[0].qk_rope_head_dim // 2
+        if self.engine:
+            pairs = standard_rope_pairs(ranked, count, layers[0][0].inv_freq)
+        else:
+            pairs = shared_rope_pairs(ranked, count)
         return [replace(dim, rope_pairs=pairs) for dim in dims]
 
     def config_of(self, layers, fields) -> PretrainedConfig:
@@ -169,7 +218,7 @@ class MLATarget(Target):
             qk_nope_head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             q_lora_rank=self.recipe.q_lora_rank,
-            rope_pairs=None if self.on_read else [list(layer.rope_pairs) for layer in layers],
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
             qk_norm=self.qk_norm,
             architectures=[causal_lm.__name__],
@@ -369,6 +418,8 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
     Raises:
         InputError: the form does not know one of the recipe's options, or they cannot be met.
     """
+    if recipe.preset not in (None, *PRESETS):
+        raise InputError(f"--preset {recipe.preset} is unknown. Use {' or '.join(PRESETS)}.")
     target = TARGETS[recipe.form]
     known = frozenset().union(*(t.options for t in TARGETS.values()))
     for name in sorted(known - target.options):
@@ -378,8 +429,27 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
             raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to {forms}.")
     if recipe.form != "mla" and (recipe.native or recipe.rope != "decoupled"):
         flag = "--native" if recipe.native else f"--rope {recipe.rope}"
+        flag = f"--preset {recipe.preset}" if recipe.preset else flag
         raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
     return target(config, recipe)
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """Raises unless there are layers, and heads that can share and rotate."""
+    layers, heads, groups = config.num_hidden_layers, config.num_attention_heads, kv_heads(config)
+    if layers < 1:
+        raise InputError(f"config.json asks for {layers} layers: there is nothing to convert.")
+    if heads < 1 or groups < 1 or heads % groups:
+        raise InputError(
+            f"config.json asks for {heads} query heads on {groups} KV heads, which cannot share "
+            "them evenly."
+        )
+    width = head_dim(config)
+    if width < 2 or width % 2:
+        raise InputError(
+            f"config.json asks for heads of width {width}. Rotary embedding turns pairs, so it "
+            "must be even."
+        )
 
 
 def _without_windows(fields: dict[str, Any]) -> dict[str, Any]:

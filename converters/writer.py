@@ -5,10 +5,13 @@ a hidden name beside its destination and is renamed when it is complete.
 """
 
 import errno
+import glob
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +40,8 @@ NAMES = {
 # to be padded with spaces, so this much is kept free and filled in when the shard is closed.
 HEADER = 1 << 17
 
+SUMS = "SHA256SUMS"
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,6 +52,7 @@ class Shard:
         self.path = path
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self.size = 0
+        self._sum = 0
         self._header_size = len(_encode(self.header))
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115
         self._file.write(b" " * (8 + HEADER))
@@ -62,7 +68,9 @@ class Shard:
     def add(self, name: str, tensor: Tensor) -> None:
         item = self._item(tensor)
         if tensor.numel():
-            self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            self._file.write(data)
+            self._sum = zlib.crc32(data, self._sum)
         self.header[name] = item
         self.size += tensor.nbytes
         self._header_size += len(_encode({name: item}))
@@ -73,6 +81,23 @@ class Shard:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def read_back(self) -> str:
+        """The file's SHA-256, after the bytes on the disk were found to be those given to `add`."""
+        digest, found = hashlib.sha256(), 0
+        with open(self.path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            digest.update(file.read(8 + HEADER))
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                found = zlib.crc32(chunk, found)
+        if found != self._sum:
+            raise InputError(
+                f"{self.path} holds other bytes than were written to it. Check the disk, or give "
+                "another --output."
+            )
+        return digest.hexdigest()
 
     def abandon(self) -> None:
         """Closes the file without a word: what is buffered may not find room any more."""
@@ -89,6 +114,8 @@ class Shard:
 class Writer:
     """A model folder that appears at `output` when `finish` is called, and not before.
 
+    Weights are read back and compared, and the checksum of every file is kept in `SHA256SUMS`.
+
         with Writer(Path("llama-mla"), force=False) as writer:
             writer.add("model.norm.weight", tensor)
             config.save_pretrained(writer.folder)
@@ -103,6 +130,8 @@ class Writer:
         max_shard_bytes: the most a weight file holds, unless a single tensor is larger.
         expected_bytes: what will be written; more than the disk has free is refused at once.
         protect: a folder that must survive, the source: `output` may not be it or contain it.
+        folder: where the output grows, on the same disk; what a killed run has left there is
+            removed. None for a hidden name beside the output.
 
     Raises:
         InputError: `output` is in the way, or cannot be written, or there is no space left.
@@ -116,13 +145,16 @@ class Writer:
         max_shard_bytes: float = 5e9,
         expected_bytes: int = 0,
         protect: str | Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.output = Path(output).expanduser()
         self.force = force
         self.max_shard_bytes = max_shard_bytes
         self._shards: list[Shard] = []
         self._names: set[str] = set()
+        self._sums: dict[str, str] = {}
         self._done = False
+        _put_back(self.output)
         check_output(self.output, force=force, protect=protect)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +164,9 @@ class Writer:
                     f"{self.output} needs {_gib(expected_bytes)}, and the disk has {_gib(free)} "
                     "free. Make room, or give another --output."
                 )
-            token = secrets.token_hex(4)
-            self.folder = self.output.with_name(f".{self.output.name}.partial-{token}")
+            self.folder = folder or _beside(self.output, "partial")
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
             self.folder.mkdir()
         except OSError as error:
             raise self._explain(error) from error
@@ -176,13 +209,14 @@ class Writer:
         Args:
             files: further files, name -> text, bytes, or an object to be written as JSON.
         """
+        self.close()
         try:
-            self._name_shards()
             for name, content in (files or {}).items():
                 if isinstance(content, dict):
                     content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
                 data = content.encode() if isinstance(content, str) else content
                 (self.folder / name).write_bytes(data)
+            self._write_sums()
             for file in sorted(self.folder.rglob("*")):
                 _sync(file)
             _sync(self.folder)
@@ -192,18 +226,29 @@ class Writer:
             raise self._explain(error) from error
         return self.output
 
-    def _name_shards(self) -> None:
+    def close(self) -> None:
+        """Ends the weights: `folder` can be read from now on, and no tensor added."""
         if not self._shards:
             raise ValueError("no tensor was written")
-        self._shards[-1].close()
-        if len(self._shards) == 1:
-            self._shards[0].path.rename(self.folder / "model.safetensors")
+        if self._sums:
             return
+        try:
+            self._shards[-1].close()
+            self._name_shards()
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def _name_shards(self) -> None:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, 1):
             name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            if len(self._shards) == 1:
+                name = "model.safetensors"
+            self._sums[name] = shard.read_back()
             shard.path.rename(self.folder / name)
             weight_map.update((key, name) for key in shard.header if key != "__metadata__")
+        if len(self._shards) == 1:
+            return
         index = {
             "metadata": {"total_size": sum(shard.size for shard in self._shards)},
             "weight_map": dict(sorted(weight_map.items())),
@@ -211,11 +256,20 @@ class Writer:
         text = json.dumps(index, indent=2) + "\n"
         (self.folder / "model.safetensors.index.json").write_text(text)
 
+    def _write_sums(self) -> None:
+        """Every file's checksum, for `sha256sum -c SHA256SUMS`."""
+        for file in self.folder.rglob("*"):
+            name = file.relative_to(self.folder).as_posix()
+            if file.is_file() and name not in self._sums:
+                self._sums[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        lines = (f"{digest}  {name}\n" for name, digest in sorted(self._sums.items()))
+        (self.folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
     def _put_in_place(self) -> None:
         check_output(self.output, force=self.force)
         old = None
         if self.output.exists():
-            old = self.folder.with_name(self.folder.name.replace(".partial-", ".old-"))
+            old = _beside(self.output, "old")
             self.output.rename(old)
         try:
             self.folder.rename(self.output)
@@ -253,6 +307,20 @@ def check_output(output: Path, *, force: bool, protect: str | Path | None = None
             f"{output} is not a model folder (no config.json), so --force does not replace it. "
             "Give another --output."
         )
+
+
+def _beside(output: Path, what: str) -> Path:
+    """A hidden name beside the output that nothing else has."""
+    return output.with_name(f".{output.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _put_back(output: Path) -> None:
+    """Undoes, or ends, a replacement of the output that was killed between its two renames."""
+    for old in output.parent.glob(f".{glob.escape(output.name)}.old-????????"):
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(output)
 
 
 def _encode(header: Mapping[str, Any]) -> bytes:

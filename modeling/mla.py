@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, rotate, slot_scores
+from .rope_slots import SlotAngles, rotate, slot_scores, with_rope_key
 
 
 class MLAAttention(ConvertedAttention):
@@ -20,9 +20,11 @@ class MLAAttention(ConvertedAttention):
     g KV heads of the source; query head h reads those of KV head h // (H / g). There is no norm on
     the latent, so a conversion of full rank is exact.
 
-    With `rope_on_read` there is no k_rope: the latent is cached, and W_uk c is rotated by the
-    token's slot when it is read. Positions given with a cache must then be contiguous. With
-    `qk_norm` every head's query and key are normalised before they are rotated.
+    With `rope_on_read` the latent alone is cached, and keys are rotated by the token's slot when
+    they are read. Positions given with a cache must then be contiguous. Where d_r is above 0,
+    k_rope is read from the latent, by the last d_r rows of `kv_b_proj`, and W_uk c is
+    position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole. With `qk_norm`
+    every head's query and key are normalised before they are rotated whole.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -41,12 +43,15 @@ class MLAAttention(ConvertedAttention):
             self.q_b_proj = nn.Linear(
                 config.q_lora_rank, heads * self.qk_head_dim, bias=config.q_bias
             )
+        # Numbers cached beside the latent.
+        rope_key = 0 if config.rope_on_read else self.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(
-            hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
+            hidden, self.kv_lora_rank + rope_key, bias=config.kv_a_bias
         )
+        self.pair_dim = config.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank,
-            config.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim),
+            self.pair_dim + self.qk_rope_head_dim - rope_key,
             bias=config.kv_b_bias,
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
@@ -74,7 +79,7 @@ class MLAAttention(ConvertedAttention):
             query = self.q_norm(query)
         query = query.transpose(1, 2)  # [B, H, T, n + d_r]
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
-        if self.qk_rope_head_dim:
+        if self.qk_rope_head_dim and not self.config.rope_on_read:
             # [B, 1, T, d_r / 2]
             cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
             query, cached = self._rotate_tail(query, cos, sin), self._rotate_tail(cached, cos, sin)
@@ -101,11 +106,10 @@ class MLAAttention(ConvertedAttention):
 
         `kv_b_proj` is called, not read, so adapters, quantised weights and gradients all count.
         """
-        latent, rope_key = cached.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, rope_key = _split(cached, self.kv_lora_rank, -1)
         batch, _, total, _ = cached.shape
-        pair = self.kv_b_proj(latent.squeeze(1)).view(
-            batch, total, -1, self.qk_nope_head_dim + self.v_head_dim
-        )
+        pair, read_key = _split(self.kv_b_proj(latent.squeeze(1)), self.pair_dim, -1)
+        pair = pair.view(batch, total, -1, self.qk_nope_head_dim + self.v_head_dim)
         key, value = pair.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         scaling = self.scaling
         if self.config.qk_norm:
@@ -113,13 +117,19 @@ class MLAAttention(ConvertedAttention):
         if self.config.rope_on_read:
             cos, sin, angles = position_embeddings
             if slots is None:
-                cos, sin = (x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
-                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+                at_query = at_key = tuple(x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
             else:
-                query = rotate(query, *angles.at(slots))
-                key = rotate(key, *angles.table(total, key.device))
-                scaling = scaling * angles.score_scaling
-        elif self.qk_rope_head_dim:
+                at_query, at_key = angles.at(slots), angles.table(total, key.device)
+            if self.qk_rope_head_dim:
+                rope_key = rotate(read_key.unsqueeze(1), *self._select(at_key))
+                if slots is not None:
+                    at_query = tuple(x * angles.score_scaling for x in at_query)
+                query = self._rotate_tail(query, *self._select(at_query))
+            else:
+                query, key = rotate(query, *at_query), rotate(key, *at_key)
+                if slots is not None:
+                    scaling = scaling * angles.score_scaling
+        if self.qk_rope_head_dim:
             key = torch.cat((key, rope_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
         return self._attend(query, key, value, mask, scaling, **kwargs)
 
@@ -136,19 +146,20 @@ class MLAAttention(ConvertedAttention):
         if (weight.dtype, weight.device) != (cached.dtype, cached.device):
             return False
         # A compiler fuses the rotation into the product that forms the keys; leave it whole.
-        if on_read and torch.compiler.is_compiling():
+        whole = on_read and not self.qk_rope_head_dim
+        if whole and torch.compiler.is_compiling():
             return False
         # Multiply-adds of both ways. Absorbed, a score costs r + d_r and a value r for each head,
         # and the folds r (n + v) for each query; expanded, forming keys and values costs r (n + v)
-        # for each cached token and KV head, but a score only n + d_r and a value v. On read, keys
-        # are formed either way, and the absorbed scores read the keys of all g KV heads.
+        # for each cached token and KV head, but a score only n + d_r and a value v. Rotated whole,
+        # keys are formed either way, and the absorbed scores read the keys of all g KV heads.
         r, rotated, n, v = (
             self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim
         )  # fmt: skip
-        total, groups = cached.shape[2], layer.out_features // (n + v)
+        total, groups = cached.shape[2], self.pair_dim // (n + v)
         queries = length * groups * self.num_key_value_groups
         expanded = total * groups * r * (n + v) + queries * total * (n + rotated + v)
-        if on_read:
+        if whole:
             absorbed = total * groups * r * n + queries * (total * (groups * n + r) + r * v)
         else:
             absorbed = queries * (r * (n + v) + total * (2 * r + rotated))
@@ -163,10 +174,12 @@ class MLAAttention(ConvertedAttention):
         batch, heads, length, _ = query.shape
         r, n = self.kv_lora_rank, self.qk_nope_head_dim
         per_head = n + self.v_head_dim
-        weight = self.kv_b_proj.weight.view(-1, per_head, r)  # [g, n + v, r]
-        bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(-1, per_head)
+        weight, rope_weight = _split(self.kv_b_proj.weight, self.pair_dim)
+        weight = weight.view(-1, per_head, r)  # [g, n + v, r]
+        bias, rope_bias = _split(self.kv_b_proj.bias, self.pair_dim)
+        bias = None if bias is None else bias.view(-1, per_head)
         groups = weight.shape[0]
-        if self.config.rope_on_read:
+        if self.config.rope_on_read and not self.qk_rope_head_dim:
             key_bias = None if bias is None else bias[:, :n]
             norm = self.k_norm if self.config.qk_norm else None
             scores = slot_scores(
@@ -176,6 +189,11 @@ class MLAAttention(ConvertedAttention):
             weights = self._softmax(scores, mask, query.dtype)
             mixed = self._mix(weights, cached)
         else:
+            if self.config.rope_on_read:
+                # The factor of RoPE types such as YaRN stands on both sides of a score.
+                at_query = tuple(x * angles.score_scaling for x in angles.at(slots))
+                query = self._rotate_tail(query, *self._select(at_query))
+                cached = with_rope_key(cached, rope_weight, rope_bias, self.rope_index, angles)
             # The keys' bias adds the same to all scores of a query, which softmax cannot see.
             free = query[..., :n].unflatten(1, (groups, -1))
             free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n])
@@ -188,3 +206,8 @@ class MLAAttention(ConvertedAttention):
         if bias is not None:
             output = output + bias[:, None, n:]
         return output.flatten(2, 3), weights
+
+
+def _split(x: torch.Tensor | None, size: int, dim: int = 0):
+    """The first `size` entries and those after them."""
+    return (None, None) if x is None else x.split([size, x.shape[dim] - size], dim)

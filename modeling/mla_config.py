@@ -23,9 +23,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
             `qk_rope_head_dim`.
         rope_pairs: For each layer, the index of every rotated component's frequency among the
             source's `head_dim / 2`, repeats allowed. None: component j turns with frequency j.
-        rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot.
+        rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot:
+            the one rotated key of a layer with d_r above 0, which is then read from the latent, and
+            the keys of all heads, whole, of a layer with d_r = 0.
         qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
-            have one; keys are then formed when they are read.
+            have one; keys are then formed when they are read, and rotated whole.
         conversion: The recipe the checkpoint was made with.
     """
 
@@ -76,19 +78,13 @@ class MLAConfigMixin(ConvertedConfigMixin):
                 )
 
     def _check_rope(self):
-        if self.qk_norm and not self.rope_on_read:
+        super()._check_rope()
+        if self.qk_norm and (self.qk_rope_head_dim or not self.rope_on_read):
             raise ValueError(
-                "qk_norm=True needs keys formed when they are read: rope_on_read=True."
+                "qk_norm=True needs whole keys formed when they are read: rope_on_read=True and "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} at 0."
             )
-        if not self.rope_on_read:
-            super()._check_rope()
-            return
-        if self.qk_rope_head_dim or any(self.rope_pairs or []):
-            raise ValueError(
-                "rope_on_read=True rotates whole keys when they are read; "
-                f"set qk_rope_head_dim={self.qk_rope_head_dim} to 0 and rope_pairs to None."
-            )
-        if self.qk_nope_head_dim != self.head_dim:
+        if self.rope_on_read and self.qk_nope_head_dim != self.head_dim:
             raise ValueError(
                 f"rope_on_read=True needs qk_nope_head_dim={self.qk_nope_head_dim} to be the "
                 f"source's head_dim={self.head_dim}."

@@ -144,6 +144,32 @@ def slot_scores(
     return scores
 
 
+def with_rope_key(
+    latent: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    index: torch.Tensor,
+    angles: SlotAngles,
+) -> torch.Tensor:
+    """Latents [B, 1, S, r], each followed by the rotated key [d_r] that it holds, weight [d_r, r].
+
+    Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`.
+    """
+    total, rank = latent.shape[2:]
+    cos, sin = (x.index_select(-1, index) for x in angles.table(total, latent.device))
+    if torch.compiler.is_compiling():
+        key = rotate(nn.functional.linear(latent, weight, bias), cos, sin)
+        return torch.cat((latent, key), dim=-1)
+    rows = latent.new_empty(*latent.shape[:3], rank + len(weight))
+    rows[..., :rank] = latent
+    size, _ = _chunks(total, latent.device)
+    for start in range(0, total, size):
+        part = slice(start, start + size)
+        key = nn.functional.linear(latent[:, :, part], weight, bias)
+        rows[:, :, part, rank:] = rotate(key, cos[part], sin[part])
+    return rows
+
+
 def shared_key_scores(
     query: torch.Tensor,
     latent: torch.Tensor,

@@ -32,7 +32,7 @@ def seeded(seed=0):
 
 def form(rope_on_read=False, queries=None):
     moments = mla_moments(MAPS, SEEN.x[:8], seeded(), rope_on_read)
-    found = to_mla(MAPS, moments, LayerDims(10, 0 if rope_on_read else 4))
+    found = to_mla(MAPS, moments, LayerDims(10, 4, on_read=rope_on_read))
     return with_low_rank_queries(found, SEEN.x[:8], seeded(), queries) if queries else found
 
 

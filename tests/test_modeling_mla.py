@@ -20,7 +20,7 @@ from rehead.modeling import (
 )
 from rehead.modeling import mla as mla_module
 
-FAMILIES, FORMS = list(tiny.MLA), list(tiny.FORMS)
+FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.FORMS)
 UNEVEN = {
     "decoupled": dict(
         kv_lora_rank_per_layer=[12, 5],
@@ -28,6 +28,12 @@ UNEVEN = {
         rope_pairs=[[3, 0, 0], []],
     ),
     "on_read": dict(kv_lora_rank_per_layer=[5, 12]),
+    # One layer's keys are rotated whole, the other's rotated key is read.
+    "rope_read": dict(
+        kv_lora_rank_per_layer=[5, 12],
+        qk_rope_head_dim_per_layer=[0, 6],
+        rope_pairs=[[], [3, 0, 0]],
+    ),
 }
 
 
@@ -57,10 +63,13 @@ def naive(
     q = f.q_proj(x) if c.q_lora_rank is None else f.q_b_proj(f.q_a_proj(x))
     q = q.view(len(x), heads, -1)
     a = f.kv_a_proj_with_mqa(x)
-    b = f.kv_b_proj(a[:, :r]).view(len(x), groups, n + v)
-    shared = inv_freq if c.rope_on_read else inv_freq[c.layer_rope_pairs(f.layer_idx)]
+    b = f.kv_b_proj(a[:, :r])
+    b, key = b[:, : groups * (n + v)].view(len(x), groups, n + v), b[:, groups * (n + v) :]
+    whole = c.rope_on_read and not f.qk_rope_head_dim
+    key = key if c.rope_on_read else a[:, r:]
+    shared = inv_freq if whole else inv_freq[c.layer_rope_pairs(f.layer_idx)]
     if twist == "frequency":
-        shared = shared.roll(1) if c.rope_on_read else inv_freq[: len(shared)].flip(0)
+        shared = shared.roll(1) if whole else inv_freq[: len(shared)].flip(0)
     scale = 1.0 if twist == "scaling" else c.head_dim**-0.5
     out = []
     for t in range(len(x)):
@@ -69,11 +78,11 @@ def naive(
             g = h % groups if twist == "heads" else h // (heads // groups)
             scores = []
             for s in range(t + 1):
-                if c.rope_on_read:
+                if whole:
                     score = turn(q[t, h], t * shared) @ turn(b[s, g, :n], s * shared)
                 else:
                     score = q[t, h, :n] @ b[s, g, :n]
-                    score = score + turn(q[t, h, n:], t * shared) @ turn(a[s, r:], s * shared)
+                    score = score + turn(q[t, h, n:], t * shared) @ turn(key[s], s * shared)
                 scores.append(score * scale)
             parts.append(torch.stack(scores).softmax(0) @ b[: t + 1, g, n:])
         out.append(torch.cat(parts))
@@ -86,6 +95,9 @@ CASES = [
     ("decoupled", UNEVEN["decoupled"]),
     ("on_read", {}),
     ("on_read", tiny.BIASES | UNEVEN["on_read"] | dict(q_lora_rank=7)),
+    ("rope_read", {}),
+    ("rope_read", tiny.BIASES | dict(q_lora_rank=7)),
+    ("rope_read", UNEVEN["rope_read"]),
 ]
 
 
@@ -100,7 +112,11 @@ def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementat
         got = block_output(model, layer_idx, x, implementation)[0]
         assert error(got, naive(layer.self_attn, x[0], inv_freq)) < 2e-6
         for twist in ("frequency", "heads", "scaling"):
-            if twist == "frequency" and not (form == "on_read" or layer.self_attn.qk_rope_head_dim):
+            if (
+                twist == "frequency"
+                and form == "decoupled"
+                and not layer.self_attn.rope_index.numel()
+            ):
                 continue
             assert error(got, naive(layer.self_attn, x[0], inv_freq, twist)) > 1e-2
 
@@ -188,7 +204,7 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
     monkeypatch.setattr(rope_slots, "CPU_CHUNK", 64)
     model = tiny.mla(form=form)
     attn, length = model.model.layers[0].self_attn, 1000
-    rows = torch.randn(2, 1, length, sum(model.config.layer_dims(0)))
+    rows = torch.randn(2, 1, length, attn.kv_a_proj_with_mqa.out_features)
     full = tiny.FullCache(rows, rows[..., :0])
     x = torch.randn(2, 1, 32)
     rope = model.model.rotary_emb(x, torch.tensor([[length - 1]]))
@@ -197,6 +213,9 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
     tiny.absorb(monkeypatch, MLAAttention, False)
     with tiny.Largest() as expanded:
         attn(x, rope, None, full)
+    if form == "rope_read":  # every row once more, with its rotated key
+        assert absorbed.numel == 2 * length * sum(model.config.layer_dims(0)) < expanded.numel
+        return
     # The scores, heads * length, are all there is.
     assert absorbed.numel <= 2 * 4 * length < rows.numel() <= expanded.numel
 
@@ -208,7 +227,9 @@ def test_cache_holds_the_latent_and_the_rotated_key_alone(form, ids):
     cache = model(ids).past_key_values
     for i, layer in enumerate(cache.layers):
         held = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
-        assert held == ids.numel() * sum(model.config.layer_dims(i)) * 4
+        rank, rotated = model.config.layer_dims(i)
+        width = rank if model.config.rope_on_read else rank + rotated
+        assert held == ids.numel() * width * 4
 
 
 @pytest.mark.parametrize("kind", tiny.GENERATE)
@@ -427,7 +448,6 @@ def test_changed_weights_are_seen_by_the_next_step(ids):
         (dict(kv_lora_rank=0), "kv_lora_rank=0 must be at least 1"),
         (dict(q_lora_rank=0), "q_lora_rank=0 must be None or at least 1"),
         (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads=3"),
-        (dict(rope_on_read=True), "set qk_rope_head_dim=6 to 0"),
         (
             dict(rope_on_read=True, qk_rope_head_dim=0, rope_pairs=None),
             "qk_nope_head_dim=10 to be the source's head_dim=8",

@@ -158,7 +158,7 @@ def test_a_share_is_a_mean_width():
     found = budget(share=0.5)
     assert (found.source, found.width, found.fixed) == (32, 16, None)
     assert (found.rotatable, found.rank) == (16, 32)
-    assert budget("on-read").rotatable == 0
+    assert (budget("on-read").rotatable, budget("on-read").width) == (16, 16)
     # A third in floats is a little less than a third.
     assert (
         budget(share=3 * 0.1, config=SimpleNamespace(**vars(CONFIG) | {"head_dim": 10})).width == 12
@@ -168,12 +168,12 @@ def test_a_share_is_a_mean_width():
 
 def test_the_whole_budget_keeps_everything():
     assert budget(share=1.0).fixed == [LayerDims(16, 16)] * 3
-    assert budget("on-read", 1.0).fixed == [LayerDims(32, 0)] * 3
+    assert budget("on-read", 1.0).fixed == [LayerDims(32, on_read=True)] * 3
     # More keys and values than inputs: the latent is exact at the inputs' width.
     small = SimpleNamespace(**vars(CONFIG) | {"hidden_size": 12})
-    assert budget("on-read", 1.0, small).fixed == [LayerDims(12, 0)] * 3
+    assert budget("on-read", 1.0, small).fixed == [LayerDims(12, on_read=True)] * 3
     assert budget("decoupled", 1.0, small).fixed == [LayerDims(12, 16)] * 3
-    assert budget("on-read", 0.4, small).fixed == [LayerDims(12, 0)] * 3
+    assert budget("on-read", 0.4, small).fixed == [LayerDims(12, on_read=True)] * 3
     assert budget("decoupled", 0.9, small).fixed == [LayerDims(12, 16)] * 3
     assert budget("decoupled", 0.8, small).fixed is None
 
@@ -196,7 +196,14 @@ def test_explicit_dims_override_the_budget():
     assert budget(kv_lora_rank=9).fixed == [LayerDims(9, 6)] * 3
     assert budget(kv_lora_rank=20).fixed == [LayerDims(20, 0)] * 3
     assert budget(qk_rope_head_dim=6).fixed == [LayerDims(10, 6)] * 3
-    assert budget("on-read", kv_lora_rank=9).fixed == [LayerDims(9, 0)] * 3
+    # On-read one says nothing of the other, which is measured.
+    assert (budget("on-read", kv_lora_rank=9).fixed, budget("on-read", kv_lora_rank=9).width) == (
+        None,
+        9,
+    )
+    assert budget("on-read", qk_rope_head_dim=6).fixed is None
+    both = budget("on-read", kv_lora_rank=9, qk_rope_head_dim=6)
+    assert (both.fixed, both.width) == ([LayerDims(9, 6, on_read=True)] * 3, 9)
     assert budget(share=1.0, kv_lora_rank=4).fixed == [LayerDims(4, 16)] * 3
 
 
@@ -205,7 +212,7 @@ def test_explicit_dims_override_the_budget():
     [
         (dict(qk_rope_head_dim=5), "qk_rope_head_dim=5 must be even and at most 16"),
         (dict(qk_rope_head_dim=18), "qk_rope_head_dim=18 must be even and at most 16"),
-        (dict(rope="on-read", qk_rope_head_dim=2), r"at most 0.*\(0 with --rope on-read\)"),
+        (dict(rope="on-read", qk_rope_head_dim=18), "qk_rope_head_dim=18 must be even"),
         (dict(kv_lora_rank=33), "kv_lora_rank=33"),
         (dict(kv_lora_rank=27, qk_rope_head_dim=6), "kv_lora_rank=27 with qk_rope_head_dim=6.*26"),
         (dict(qk_rope_head_dim=16), "kv_lora_rank=0 with qk_rope_head_dim=16"),

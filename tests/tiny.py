@@ -52,7 +52,8 @@ DECOUPLED = dict(
 ON_READ = dict(
     kv_lora_rank=12, qk_rope_head_dim=0, qk_nope_head_dim=8, v_head_dim=8, rope_on_read=True
 )
-FORMS = {"decoupled": DECOUPLED, "on_read": ON_READ}
+ROPE_READ = ON_READ | dict(qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
+FORMS = {"decoupled": DECOUPLED, "on_read": ON_READ, "rope_read": ROPE_READ}
 FACTORED = dict(
     mfa_head_dim=11, share_q_dim=9, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]]
 )
@@ -107,7 +108,7 @@ def source(family: str = "llama", seed: int = 0, **fields) -> torch.nn.Module:
 
 
 def mla(family: str = "llama", form: str = "decoupled", seed: int = 0, **fields) -> torch.nn.Module:
-    """A randomly initialised MLA model of the family and form ("decoupled" or "on_read")."""
+    """A randomly initialised MLA model of the family and one of the `FORMS`."""
     torch.manual_seed(seed)
     config_class, model_class = MLA[family]
     fields = {"rope_parameters": ROPE_TYPES["default"]} | FORMS[form] | fields
@@ -148,25 +149,26 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
 
     On read: the latent is [all keys; all values] before rotation, and `kv_b_proj` picks a head's.
     Decoupled: every pair of every KV head keeps RoPE in the shared key, the latent is all values,
-    and a query head is zero outside its own KV head's pairs.
+    and a query head is zero outside its own KV head's pairs. With the rotated key read, the same
+    key comes from the latent of on read, and no head has a position-free one.
     """
     old = model.config
     heads, groups, dim = old.num_attention_heads, old.num_key_value_heads, BASE["head_dim"]
     half, width = dim // 2, groups * dim
     pairs = [f for _ in range(groups) for f in range(half)]
-    decoupled = form == "decoupled"
+    on_read, shared = form != "decoupled", form != "on_read"
     config_class, model_class = MLA[family]
     with_bias = model.model.layers[0].self_attn.q_proj.bias is not None
     new = model_class(
         config_class(
             **BASE,
             rope_parameters=dict(old.rope_parameters),
-            kv_lora_rank=width if decoupled else 2 * width,
-            qk_rope_head_dim=width if decoupled else 0,
-            qk_nope_head_dim=0 if decoupled else dim,
+            kv_lora_rank=2 * width if on_read else width,
+            qk_rope_head_dim=width if shared else 0,
+            qk_nope_head_dim=dim if on_read else 0,
             v_head_dim=dim,
-            rope_pairs=[pairs] * old.num_hidden_layers if decoupled else None,
-            rope_on_read=not decoupled,
+            rope_pairs=[pairs] * old.num_hidden_layers if shared else None,
+            rope_on_read=on_read,
             q_bias=with_bias,
             kv_a_bias=with_bias,
         )
@@ -177,15 +179,23 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
         state[f"{at}.o_proj.weight"] = a.o_proj.weight
         for kind in ("weight", "bias") if with_bias else ("weight",):
             q, k, v = (getattr(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj))
-            if decoupled:  # [all real parts | all imaginary parts]
-                k, q = side_by_side(k, groups), spread(q, heads, groups).flatten(0, 1)
+            if shared:  # [all real parts | all imaginary parts]
+                k, q = side_by_side(k, groups), spread(q, heads, groups)
+                if on_read:
+                    q = torch.cat((q.new_zeros(heads, dim, *q.shape[2:]), q), dim=1)
+                q = q.flatten(0, 1)
             state[f"{at}.q_proj.{kind}"] = q
-            state[f"{at}.kv_a_proj_with_mqa.{kind}"] = torch.cat((v, k) if decoupled else (k, v))
+            state[f"{at}.kv_a_proj_with_mqa.{kind}"] = torch.cat((k, v) if on_read else (v, k))
         eye = torch.eye(width).view(groups, dim, width)
-        if not decoupled:
+        if on_read:
             nothing = torch.zeros_like(eye)
-            eye = torch.cat((torch.cat((eye, nothing), -1), torch.cat((nothing, eye), -1)), dim=1)
-        state[f"{at}.kv_b_proj.weight"] = eye.flatten(0, 1)
+            key = torch.cat((nothing if shared else eye, nothing), -1)
+            rows = torch.cat((key, torch.cat((nothing, eye), -1)), dim=1).flatten(0, 1)
+            state[f"{at}.kv_b_proj.weight"] = (
+                torch.cat((rows, torch.eye(width, 2 * width))) if shared else rows
+            )
+        else:
+            state[f"{at}.kv_b_proj.weight"] = eye.flatten(0, 1)
     new.load_state_dict(state)
     return new
 

@@ -1,0 +1,281 @@
+"""What a token costs to decode, and the memory of the cache, against the context's length.
+
+    python benchmarks/decode.py run HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2 --budget 25
+    python benchmarks/decode.py run mha-32x64 --name mha-32x64 --budget 12.5 --batches 8
+    python benchmarks/decode.py table smollm2
+    python benchmarks/decode.py plot smollm2 --output docs/images/decode.png
+
+The weights are random, in the shapes a conversion to the budget has: time does not depend on their
+values. Nor does it on the cache's, so that is filled instead of computed. All models of one row
+are timed in turns, in one process; read their ratios. `stock` is transformers' own dense MLA class
+with the same widths.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    PretrainedConfig,
+    StaticCache,
+    YoutuConfig,
+)
+
+from rehead.converters.inspection import offers
+
+RESULTS = Path(__file__).parent / "results"
+# A Llama with true multi-head attention, of which there is none as small and as well known.
+SYNTHETIC = {
+    "mha-32x64": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+    )
+}
+KINDS = "original,decoupled,on-read,mfa,mfa-kr,stock"
+WARM_UP, STEPS, ROUNDS = 2, 6, 3
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or mha-32x64.")],
+    name: Annotated[str, typer.Option(help="Of the results file.")],
+    budget: Annotated[float, typer.Option(help="Per cent of the cache.")] = 25,
+    kinds: str = KINDS,
+    contexts: str = "1024,4096,16384",
+    batches: str = "1,8",
+    dtype: str = "bfloat16",
+    static: Annotated[bool, typer.Option(help="StaticCache instead of DynamicCache.")] = False,
+    compiled: Annotated[bool, typer.Option(help="torch.compile the decoding step.")] = False,
+) -> None:
+    """Times every kind at every context and batch; the rows replace what was there of the same."""
+    config = SYNTHETIC.get(model) or AutoConfig.from_pretrained(model)
+    torch.manual_seed(0)
+    models = {kind: _build(_config(config, kind, budget), dtype) for kind in kinds.split(",")}
+    steps: dict[str, Callable[..., Any]] = {
+        kind: torch.compile(model, dynamic=not static) if compiled else model
+        for kind, model in models.items()
+    }
+    wanted = [(int(b), int(c)) for b in batches.split(",") for c in contexts.split(",")]
+    for batch, context in track(wanted, description="contexts"):
+        times: dict[str, list[float]] = {kind: [] for kind in models}
+        memory = {}
+        for _ in range(ROUNDS):
+            for kind, step in steps.items():
+                taken, memory[kind] = _decode(models[kind], step, batch, context, static)
+                times[kind] += taken
+        for kind in models:
+            row = {
+                "model": model,
+                "kind": kind,
+                "budget": 100.0 if kind == "original" else budget,
+                "batch": batch,
+                "context": context,
+                "dtype": dtype,
+                "static": static,
+                "compiled": compiled,
+                "ms": round(1e3 * statistics.median(times[kind]), 2),
+                **memory[kind],
+                "machine": _machine(),
+            }
+            _keep(name, row)
+            print(json.dumps(row), flush=True)
+
+
+def _config(source: PretrainedConfig, kind: str, budget: float) -> PretrainedConfig:
+    """The source's config, or that of its conversion to the kind with the same dims everywhere."""
+    if kind == "original":
+        return source
+    form = {"decoupled": "mla", "on-read": "mla", "stock": "mla"}.get(kind, kind)
+    rope = "on-read" if kind == "on-read" else "decoupled"
+    offer = next(o for o in offers(source, [budget / 100]) if (o.form, o.rope) == (form, rope))
+    if offer.config is None:
+        raise typer.BadParameter(str(offer.refused))
+    return _stock(offer.config) if kind == "stock" else offer.config
+
+
+def _stock(config: PretrainedConfig) -> PretrainedConfig:
+    """The same widths in transformers' class, whose KV heads are as many as its heads."""
+    return YoutuConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        kv_lora_rank=config.kv_lora_rank,
+        q_lora_rank=None,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        v_head_dim=config.v_head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    )
+
+
+def _build(config: PretrainedConfig, dtype: str) -> Any:
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+@torch.no_grad()
+def _decode(
+    model: Any, step: Callable[..., Any], batch: int, context: int, static: bool
+) -> tuple[list[float], dict[str, float | None]]:
+    """Seconds of every step that follows a context, and the memory it all took."""
+    before = _reset_peak()
+    cache = _filled(model, batch, context, static)
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    token = torch.zeros(batch, 1, dtype=torch.long)
+    times = []
+    for number in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        step(input_ids=token, past_key_values=cache, use_cache=True)
+        if number >= WARM_UP:
+            times.append(time.perf_counter() - start)
+    peak = _peak()
+    used = None if before is None or peak is None else round((peak - before) / 1e6, 1)
+    return times, {"cache_mb": round(size / 1e6, 1), "peak_mb": used}
+
+
+def _filled(model: Any, batch: int, context: int, static: bool) -> Any:
+    """A cache as a prompt would leave it, with random numbers in it."""
+    room = context + WARM_UP + STEPS
+    cache = StaticCache(model.config, max_cache_len=room) if static else DynamicCache()
+    probe = DynamicCache()
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=probe, use_cache=True)
+    for index, layer in enumerate(probe.layers):
+        keys, values = (
+            torch.empty(batch, part.shape[1], context, part.shape[3], dtype=part.dtype).normal_()
+            for part in (layer.keys, layer.values)
+        )
+        cache.update(keys, values, index)
+    return cache
+
+
+def _reset_peak() -> int | None:
+    """Resident bytes now; the peak is counted from here (Linux; None elsewhere)."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return None
+    return _status("VmRSS")
+
+
+def _peak() -> int | None:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{processor}, {cores}, torch {torch.__version__}"
+
+
+@app.command()
+def table(name: str) -> None:
+    """The results as Markdown: milliseconds a token, and each kind's time over the original's."""
+    rows = _read(name)
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    print("| batch | context | " + " | ".join(kinds) + " |")
+    print("|---|---|" + "---|" * len(kinds))
+    for batch, context, found in _groups(rows):
+        base = found.get("original", {}).get("ms")
+        cells = []
+        for kind in kinds:
+            ms = found.get(kind, {}).get("ms")
+            ratio = f" ({base / ms:.2f}x)" if base and ms and kind != "original" else ""
+            cells.append("" if ms is None else f"{ms:.1f}{ratio}")
+        print(f"| {batch} | {context} | " + " | ".join(cells) + " |")
+
+
+@app.command()
+def plot(name: str, output: Annotated[Path, typer.Option()]) -> None:
+    """Tokens a second against the context, a panel for every batch, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = _read(name)
+    batches = sorted({row["batch"] for row in rows})
+    figure, panels = plt.subplots(
+        1, len(batches), figsize=(4.5 * len(batches), 4), dpi=150, squeeze=False
+    )
+    for batch, axes in zip(batches, panels[0], strict=True):
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            points = sorted(
+                (row["context"], row["batch"] * 1e3 / row["ms"])
+                for row in rows
+                if (row["kind"], row["batch"]) == (kind, batch)
+            )
+            axes.plot(*zip(*points, strict=True), "o-", label=kind)
+        axes.set(
+            xscale="log", yscale="log", xlabel="context", ylabel="tokens/s", title=f"batch {batch}"
+        )
+        axes.grid(alpha=0.3, which="both")
+    panels[0][0].legend()
+    figure.suptitle(rows[0]["machine"], fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output)
+
+
+def _groups(rows: list[dict]) -> Iterator[tuple[int, int, dict[str, dict]]]:
+    for batch, context in sorted({(row["batch"], row["context"]) for row in rows}):
+        here = [row for row in rows if (row["batch"], row["context"]) == (batch, context)]
+        yield batch, context, {row["kind"]: row for row in here}
+
+
+def _read(name: str) -> list[dict]:
+    file = RESULTS / f"decode-{name}.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def _keep(name: str, row: dict) -> None:
+    """Adds the row to the results, in the place of one for the same question."""
+    asked = ("model", "kind", "budget", "batch", "context", "dtype", "static", "compiled")
+    key = [row[field] for field in asked]
+    rows = [old for old in _read(name) if [old[field] for field in asked] != key]
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps([*rows, row], indent=1)
+    (RESULTS / f"decode-{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""What was written, run as it will be loaded and held against what was meant."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import open_source
+from .families import Family
+from .healing import Form
+from .maps import attention
+from .stream import LayerStream
+
+# The tokens of one calibration sequence that are run: positions enough for a wrong RoPE to show.
+TOKENS = 256
+# Relative distance of two float32 computations of one attention layer.
+ROUNDING = 1e-3
+# Beyond it, so many times what the layer's own maps lose by being stored in the dtype.
+OF_DTYPE = 3.0
+
+
+class WrittenWrongly(RuntimeError):
+    """The folder does not compute what its layers were fitted to: a fault of ours."""
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    family: Family,
+    forms: Iterable[Form],
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterable[float]:
+    """Each layer's distance from what was meant, relative to its output.
+
+    The model is the one that the Auto class makes of the folder's config.json, its weights are read
+    back from the folder's files, and it runs from the embedding on: with one layer in memory, for
+    it may be larger than that. A layer's output is compared with its form's maps on the same input.
+
+    Args:
+        forms: what every layer was meant to be.
+        tokens: calibration sequences, [N, T].
+        dtype: that the weights were written in.
+
+    Raises:
+        InputError: the folder lacks a weight, or has one of the wrong shape.
+        WrittenWrongly: a layer is off by more than rounding explains.
+    """
+    stream = LayerStream(open_source(folder), family, tokens[:1, :TOKENS], device)
+    for layer, form in enumerate(forms):
+        seen = stream.advance(layer)
+        x = seen.x.to(form.inv_freq.device)
+        meant = attention(form.expand().to(torch.float32), x)
+        stored = {name: t.to(dtype).to(t.dtype) for name, t in form.tensors().items()}
+        rounded = attention(replace(form, **stored).expand().to(torch.float32), x)
+        off, allowed = _distance(seen.y.to(x), meant), _distance(rounded, meant)
+        if not off <= ROUNDING + OF_DTYPE * allowed:
+            raise WrittenWrongly(
+                f"layer {layer} as written is {off:.2g} of its output away from what it was "
+                f"fitted to, and {dtype} explains {allowed:.2g}; nothing is put in place"
+            )
+        yield off
+
+
+def _distance(found: Tensor, meant: Tensor) -> float:
+    found, meant = found.double(), meant.double()
+    # A layer that adds nothing has nothing to be relative to.
+    return float((found - meant).norm() / meant.norm().clamp_min(1e-12))
