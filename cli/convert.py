@@ -104,6 +104,13 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="MLA: engine, what llama.cpp can hold: --native, no biases, plain frequencies.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -154,13 +161,15 @@ def convert(
     For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
     """
     with results(as_json) as console:
-        from ..converters import FORMS, POOLINGS, ROPES
+        from ..converters import FORMS, POOLINGS, PRESETS, ROPES
         from ..converters import convert as run
 
         choice("--to", to, list(FORMS))
         choice("--rope", rope, list(ROPES))
         if pooling is not None:
             choice("--pooling", pooling, list(POOLINGS))
+        if preset is not None:
+            choice("--preset", preset, list(PRESETS))
         with progress_bars() as progress:
             done = run(
                 model,
@@ -173,6 +182,7 @@ def convert(
                 rope=rope,
                 uniform_rank=uniform_rank,
                 native=native,
+                preset=preset,
                 seed=seed,
                 dtype=dtype,
                 device=device,

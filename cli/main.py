@@ -13,6 +13,7 @@ import typer
 from .console import debugging
 from .convert import convert
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .uptrain import uptrain
 
@@ -29,6 +30,7 @@ _settings: dict[str, Any] = {
 app = typer.Typer(no_args_is_help=True, **_settings)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(export)
 app.command()(inspect)
 app.command()(uptrain)
 

@@ -5,11 +5,12 @@ from .errors import InputError
 from .gqa import POOLINGS
 from .maps import AttentionMaps
 from .recipe import Conversion, LayerReport, Recipe
-from .targets import ROPES
+from .targets import PRESETS, ROPES
 
 __all__ = [
     "FORMS",
     "POOLINGS",
+    "PRESETS",
     "ROPES",
     "AttentionMaps",
     "Conversion",

@@ -34,7 +34,9 @@ class Budget:
     def of(cls, config: PretrainedConfig, recipe: Recipe) -> "Budget":
         groups, on_read = kv_heads(config), recipe.rope == "on-read"
         keys = groups * head_dim(config)
-        rotatable = groups * FAMILIES[config.model_type].rotary_dim(config)
+        rotated = FAMILIES[config.model_type].rotary_dim(config)
+        # Engines rotate every frequency once.
+        rotatable = rotated if recipe.preset == "engine" else groups * rotated
         rank = min(2 * keys, config.hidden_size)
         # What is not rotated shares the latent with the values.
         split = LayerDims(min(2 * keys - rotatable, rank), rotatable)
@@ -48,10 +50,11 @@ class Budget:
             fixed=None,
         )
         fixed = budget._explicit(recipe)
-        if fixed is None and budget.width >= everything.width:
+        exact = on_read or rotatable == groups * rotated
+        if fixed is None and exact and budget.width >= everything.width:
             fixed = everything
         if fixed is None:
-            if budget.width < (3 if rotatable else 1):
+            if budget.width < (1 if on_read or not rotatable else 3):
                 raise InputError(
                     f"--kv-budget {recipe.kv_budget:.2%} leaves {budget.width} of the "
                     f"{2 * keys} numbers cached per token and layer. Give a larger one."
@@ -64,9 +67,9 @@ class Budget:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
         on_read = recipe.rope == "on-read"
         if rotated is not None and (rotated % 2 or rotated > self.rotatable):
+            why = "what --preset engine rotates" if recipe.preset else "the width of all key heads"
             raise InputError(
-                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, the width "
-                "of all key heads."
+                f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, {why}."
             )
         if on_read and (rank is None or rotated is None):
             # What the one leaves open is measured.

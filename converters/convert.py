@@ -51,6 +51,7 @@ def convert(
     rope: str = "decoupled",
     uniform_rank: bool = False,
     native: bool = False,
+    preset: str | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -80,6 +81,8 @@ def convert(
         rope: "decoupled" or "on-read", of MLA.
         uniform_rank: give every layer the same dims.
         native: and the same frequencies, which is what transformers' own MLA classes can hold.
+        preset: "engine" for what engines such as llama.cpp hold: native, without biases, and with
+            the frequencies base^(-2j/d) that they compute.
         dtype: of the weights written; None for the source's, where every weight that stays keeps
             its own.
         kv_lora_rank, qk_rope_head_dim, num_key_value_heads, head_dim: explicit dims of the form
@@ -113,8 +116,9 @@ def convert(
         pooling=pooling,
         head_dim=head_dim,
         share_q_dim=share_q_dim,
-        uniform=uniform_rank or native,
-        native=native,
+        uniform=uniform_rank or native or preset == "engine",
+        native=native or preset == "engine",
+        preset=preset,
     )
     source = open_source(model, accept=family_of)
     output = Path(output).expanduser()
@@ -122,7 +126,7 @@ def convert(
     family = family_of(source.config)
     target = target_of(source.config, recipe)
     cast, where = target_dtype(dtype, source), target_device(device)
-    tokens = calibration_tokens(source, recipe, calibration)
+    tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
     job = Job(source, family, recipe, target, where, progress or _silent)
 
@@ -214,8 +218,8 @@ def converted_config(
     return target.config_of(layers, fields)
 
 
-def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) -> Tensor:
-    """`recipe.samples` windows of the calibration text, drawn by the seed."""
+def calibration_tokens(source: Source, samples: int, seed: int, calibration: str | None) -> Tensor:
+    """So many windows of the calibration text, drawn by the seed; fewer of a short text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
@@ -226,14 +230,14 @@ def calibration_tokens(source: Source, recipe: Recipe, calibration: str | None) 
     longest = getattr(source.config, "max_position_embeddings", SEQUENCE_LENGTH)
     length = min(SEQUENCE_LENGTH, longest)
     # A few times as many as needed, so that they do not all come from the text's start.
-    tokens = windows(tokenizer, text, length, 8 * recipe.samples)
+    tokens = windows(tokenizer, text, length, 8 * samples)
     if int(tokens.max()) >= source.config.vocab_size:
         raise InputError(
             f"the tokenizer of {source.path} gives id {int(tokens.max())}, and the model knows "
             f"{source.config.vocab_size}. They do not belong together."
         )
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(recipe.seed))
-    return tokens[order[: recipe.samples]]
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:samples]]
 
 
 def target_device(name: str) -> torch.device:

@@ -32,6 +32,7 @@ class Recipe:
     share_q_dim: int | None = None
     uniform: bool = False
     native: bool = False
+    preset: str | None = None
 
 
 @dataclass(frozen=True)

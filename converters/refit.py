@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size, H query heads, V value wi
 the H V outputs of the heads, and a constant where o has a bias.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .healing import Form
-from .maps import AttentionMaps, head_outputs
+from .maps import head_outputs
 
 # Ridges to choose from, as shares of the mean energy of a feature.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -29,27 +30,51 @@ def refit_output(form: FormT, seen: Activations) -> FormT:
     The ridge draws towards the o at hand; it is chosen on a quarter of the sequences, where "no
     change" takes part as well, and then all are used.
     """
-    held = max(1, len(seen) // 4)
-    if len(seen) < 2:
-        return form
     maps = form.expand()
-    fit, test = (_normal_equations(maps, seen[rows]) for rows in (slice(held, None), slice(held)))
+    narrow = maps.to(torch.float32)
+    o = narrow.o.flatten(1)
+    if narrow.o_bias is not None:
+        o = torch.cat([o, narrow.o_bias[:, None]], dim=1)
 
-    def change(delta: Tensor) -> float:  # of the squared error on the held-out quarter
-        return float((delta * (test[0] @ delta - 2 * test[1])).sum())
+    def features(x: Tensor) -> Tensor:
+        out = head_outputs(narrow, x[None])[0].flatten(1)  # [T, H V]
+        return out if maps.o_bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
 
-    if not float(fit[0].diagonal().sum()) > 0:
+    delta = output_step(features, o, seen)
+    if delta is None:
         return form
-    changes = {ridge: change(_ridge_step(*fit, ridge)) for ridge in RIDGES}
-    ridge = min(changes, key=changes.__getitem__)
-    if changes[ridge] >= 0:
-        return form
-    delta = _ridge_step(fit[0] + test[0], fit[1] + test[1], ridge).mT
     width = maps.heads * maps.v_dim
     fitted = {"o": maps.o + delta[:, :width].unflatten(1, maps.o.shape[1:])}
     if maps.o_bias is not None:
         fitted["o_bias"] = maps.o_bias + delta[:, width]
     return replace(form, **fitted)
+
+
+def output_step(
+    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations
+) -> Float[Tensor, "D F"] | None:
+    """What to add to o so that o features(x) comes near y, in float64; None if nothing helps.
+
+    Args:
+        features: [T, D] of one sequence -> [T, F].
+    """
+    held = max(1, len(seen) // 4)
+    if len(seen) < 2:
+        return None
+    fit, test = (
+        _normal_equations(features, o, seen[rows]) for rows in (slice(held, None), slice(held))
+    )
+
+    def change(delta: Tensor) -> float:  # of the squared error on the held-out quarter
+        return float((delta * (test[0] @ delta - 2 * test[1])).sum())
+
+    if not float(fit[0].diagonal().sum()) > 0:
+        return None
+    changes = {ridge: change(_ridge_step(*fit, ridge)) for ridge in RIDGES}
+    ridge = min(changes, key=changes.__getitem__)
+    if changes[ridge] >= 0:
+        return None
+    return _ridge_step(fit[0] + test[0], fit[1] + test[1], ridge).mT
 
 
 def _ridge_step(
@@ -62,19 +87,14 @@ def _ridge_step(
 
 
 def _normal_equations(
-    maps: AttentionMaps, seen: Activations
+    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations
 ) -> tuple[Float[Tensor, "F F"], Float[Tensor, "F D"]]:
-    """F^T w F and F^T w (y - F o) of the heads' outputs F, and a constant where o has a bias."""
-    narrow = maps.to(torch.float32)
-    features = maps.heads * maps.v_dim + (maps.o_bias is not None)
-    gram = torch.zeros(features, features, dtype=torch.float64, device=seen.x.device)
-    moment = torch.zeros(features, maps.hidden, dtype=torch.float64, device=seen.x.device)
+    """F^T w F and F^T w (y - o F) of the features F."""
+    hidden, count = o.shape
+    gram = torch.zeros(count, count, dtype=torch.float64, device=seen.x.device)
+    moment = torch.zeros(count, hidden, dtype=torch.float64, device=seen.x.device)
     for x, y, weights in zip(seen.x, seen.y, seen.weights, strict=True):
-        out = head_outputs(narrow, x[None])[0].flatten(1)  # [T, H V]
-        o = narrow.o.flatten(1)
-        if narrow.o_bias is not None:
-            out = torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
-            o = torch.cat([o, narrow.o_bias[:, None]], dim=1)
+        out = features(x)
         weighed = (out * weights[:, None]).T
         gram += (weighed @ out).double()
         moment += (weighed @ (y - out @ o.T)).double()

@@ -12,6 +12,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .calibration import PhaseMoments
+from .errors import InputError
 from .maps import AttentionMaps, augmented
 
 # A pair that loses nothing without RoPE still needs a nonzero weight to be decomposed.
@@ -78,6 +79,49 @@ def shared_rope_pairs(layers: Sequence[Components], count: int) -> tuple[int, ..
     A layer's costs count as shares of its own total, so that no layer decides alone. Stock classes
     hold one list of frequencies for the whole model.
     """
+    worth = _worth(layers)
+    ranked = sorted(worth, key=lambda key: (-worth[key], key))
+    return tuple(sorted(pair for pair, _ in ranked[:count]))
+
+
+def standard_rope_pairs(
+    layers: Sequence[Components], count: int, inv_freq: Float[Tensor, " P"]
+) -> tuple[int, ...]:
+    """The pairs 0, s, 2s, ... whose `count` frequencies are base^(-j / count) and worth most.
+
+    Engines compute their frequencies from a base, one component for each. Taking every s-th of the
+    source's is a list of that kind, with another base.
+
+    Raises:
+        InputError: no list of that length is.
+    """
+    worth = _worth(layers)
+    best, most = None, -1.0
+    for step in range(1, (len(inv_freq) - 1) // max(1, count - 1) + 1):
+        pairs = tuple(range(0, step * count, step))
+        value = sum(worth[pair, 0] for pair in pairs)
+        if value > most and rope_base(inv_freq[list(pairs)]) is not None:
+            best, most = pairs, value
+    if best is None:
+        raise InputError(
+            f"--preset engine needs {count} of the source's rotary frequencies to be powers of one "
+            "base, and its rope_parameters scale them otherwise. Use --native."
+        )
+    return best
+
+
+def rope_base(inv_freq: Float[Tensor, " n"]) -> float | None:
+    """The base b whose n frequencies b^(-j / n), j = 0, 1, ..., these are; None for none."""
+    count = len(inv_freq)
+    last = float(inv_freq[-1])
+    base = last ** (-count / (count - 1)) if count > 1 else 10000.0
+    places = torch.arange(count, dtype=torch.float64) / count
+    same = torch.allclose(base**-places, inv_freq.double(), rtol=1e-5, atol=0)
+    return base if same else None
+
+
+def _worth(layers: Sequence[Components]) -> dict[tuple[int, int], float]:
+    """(pair, which of its components) -> the share of all layers' costs that it carries."""
     worth: dict[tuple[int, int], float] = {}
     for components in layers:
         seen: dict[int, int] = {}
@@ -85,8 +129,7 @@ def shared_rope_pairs(layers: Sequence[Components], count: int) -> tuple[int, ..
             place = seen[pair] = seen.get(pair, -1) + 1
             share = cost / max(float(components.cost.sum()), 1e-300)
             worth[pair, place] = worth.get((pair, place), 0.0) + share
-    ranked = sorted(worth, key=lambda key: (-worth[key], key))
-    return tuple(sorted(pair for pair, _ in ranked[:count]))
+    return worth
 
 
 def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:

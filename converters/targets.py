@@ -21,9 +21,10 @@ from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
 from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
 from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
-from .rope_split import rope_components, shared_rope_pairs
+from .rope_split import rope_components, shared_rope_pairs, standard_rope_pairs
 
 ROPES = ("decoupled", "on-read")
+PRESETS = ("engine",)
 # Attention may grow in parameters by this before MFA's dims have to be asked for.
 MOST_GROWTH = 4
 
@@ -132,6 +133,7 @@ class MLATarget(Target):
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
         self.on_read = recipe.rope == "on-read"
+        self.engine = recipe.preset == "engine"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
         if self.on_read and not self.rotatable:
@@ -145,6 +147,8 @@ class MLATarget(Target):
                 f"q_lora_rank={queries} must be at least 1 and at most {config.hidden_size}, the "
                 "rank that the queries have."
             )
+        if self.engine and recipe.q_lora_rank is not None:
+            raise InputError("--preset engine keeps the queries whole. Leave out --q-lora-rank.")
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
         self.least = 3 if self.rotatable and not self.on_read else 1
@@ -178,12 +182,19 @@ class MLATarget(Target):
         return next((share for share in self.splits if error(share) <= most), 1.0)
 
     def moments(self, maps, x, generator) -> MLAMoments:
+        if self.engine and (maps.q_bias is not None or maps.k_bias is not None):
+            raise InputError(
+                f"--preset engine has no place for the biases of this {self.config.model_type} "
+                "model's queries and keys. Use --native, which transformers' own class holds."
+            )
         return mla_moments(maps, x, generator, self.on_read)
 
     def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
         return mla_builder(maps, moments)
 
     def finish(self, form: MLA, x, error, generator) -> MLA:
+        if self.engine:  # what is fitted afterwards makes up for the bias
+            return replace(form, o_bias=None)
         if self.recipe.q_lora_rank is None:
             return form
         return with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
@@ -192,7 +203,11 @@ class MLATarget(Target):
         if not self.recipe.native:
             return dims
         ranked = [rope_components(maps, moments.phases) for maps, moments in layers]
-        pairs = shared_rope_pairs(ranked, dims[0].qk_rope_head_dim // 2)
+        count = dims[0].qk_rope_head_dim // 2
+        if self.engine:
+            pairs = standard_rope_pairs(ranked, count, layers[0][0].inv_freq)
+        else:
+            pairs = shared_rope_pairs(ranked, count)
         return [replace(dim, rope_pairs=pairs) for dim in dims]
 
     def config_of(self, layers, fields) -> PretrainedConfig:
@@ -403,6 +418,8 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
     Raises:
         InputError: the form does not know one of the recipe's options, or they cannot be met.
     """
+    if recipe.preset not in (None, *PRESETS):
+        raise InputError(f"--preset {recipe.preset} is unknown. Use {' or '.join(PRESETS)}.")
     target = TARGETS[recipe.form]
     known = frozenset().union(*(t.options for t in TARGETS.values()))
     for name in sorted(known - target.options):
@@ -412,6 +429,7 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
             raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to {forms}.")
     if recipe.form != "mla" and (recipe.native or recipe.rope != "decoupled"):
         flag = "--native" if recipe.native else f"--rope {recipe.rope}"
+        flag = f"--preset {recipe.preset}" if recipe.preset else flag
         raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
     return target(config, recipe)
 

@@ -52,7 +52,17 @@ MFA_CLASSES = _classes("MFA")
 GQA_CLASSES = _classes("GQA")
 _ALL = (*MLA_CLASSES.values(), *MFA_CLASSES.values(), *GQA_CLASSES.values())
 
-__all__ = ["GQA_CLASSES", "MFA_CLASSES", "MLA_CLASSES"]
+# The linear layers of every form's attention, for peft's LoraConfig(target_modules=...).
+_STOCK = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORA_TARGET_MODULES = {
+    "gqa": _STOCK,
+    "mqa": _STOCK,
+    "mla": ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "mfa": ["q_proj", "wq", "k_proj", "v_proj", "o_proj"],
+    "mfa-kr": ["q_proj", "wq", "k_proj", "kr_proj", "o_proj"],
+}
+
+__all__ = ["GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES"]
 __all__ += ["GQAAttention", "MFAAttention", "MLAAttention"]
 
 for _config, _model, _causal_lm in _ALL:

@@ -37,6 +37,7 @@ CONVERT_OPTIONS = {
     "--rope",
     "--uniform-rank",
     "--native",
+    "--preset",
     "--calibration",
     "--samples",
     "--heal",
@@ -49,6 +50,8 @@ CONVERT_OPTIONS = {
     "--json",
 }
 EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
+EXPORT_OPTIONS = {"--to", "--output", "--calibration", "--samples", "--norm-rows"}
+EXPORT_OPTIONS |= {"--push-to-hub", "--private", "--force", "--json"}
 
 
 def script(name, *args, **options):
@@ -85,6 +88,9 @@ def test_the_options_are_those_that_scripts_depend_on():
     assert options_of(same.stdout) == options_of(shown.stdout)
     shown = script("rehead", "evaluate", "--help", env=wide)
     assert options_of(shown.stdout) == EVALUATE_OPTIONS | {"--help"}
+    shown = script("rehead", "export", "--help", env=wide)
+    # Its help names an option of the conversion it needs.
+    assert options_of(shown.stdout) - {"--preset"} == EXPORT_OPTIONS | {"--help"}
     shown = script("rehead", "--version")
     assert re.fullmatch(r"rehead \d+\.\d+\.\d+\S*\n", shown.stdout)
 
@@ -134,7 +140,10 @@ MISTAKES = {
     "no form": (["convert", "{model}"], "Missing option '--to'"),
     "near form": (["convert", "{model}", "--to", "mlaa"], "Did you mean mla?"),
     "near pooling": (["convert", "{model}", "--to", "gqa", "--pooling", "men"], "mean mean?"),
+    "near preset": (["convert", "{model}", "--to", "mla", "--preset", "engin"], "mean engine?"),
     "near rope": (["convert", "{model}", "--to", "mla", "--rope", "decopled"], "mean decoupled?"),
+    "near format": (["export", "{model}", "--to", "transformer"], "Did you mean transformers?"),
+    "nothing to export": (["export", "{model}", "--to", "transformers"], "stock class"),
     "bad steps": (["convert", "{model}", "--to", "mla", "--heal", "-1"], "--heal"),
     "no number": (["convert", "{model}", "--to", "mla", "--samples", "few"], "--samples"),
 }
@@ -216,7 +225,7 @@ def test_options_reach_the_conversion(conversion, capsys):
     assert defaults == {
         **dict.fromkeys(("calibration", "samples", "heal", "dtype")),
         **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank", "kv_budget")),
-        **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim")),
+        **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim", "preset")),
         **dict.fromkeys(("uniform_rank", "native", "dry_run", "resume", "force"), False),
         **{"to": "mla", "output": Path("llama-7b-mla")},
         **{"rope": "decoupled", "seed": 0, "device": "cpu"},
@@ -226,6 +235,7 @@ def test_options_reach_the_conversion(conversion, capsys):
         **{"heal": 0, "rope": "on-read", "seed": 7, "dtype": "bfloat16", "device": "cuda"},
         **{"kv_lora_rank": 96, "qk_rope_head_dim": 0, "q_lora_rank": 64},
         **{"num_key_value_heads": 2, "pooling": "mean", "head_dim": 48, "share_q_dim": 99},
+        **{"preset": "engine"},
     }
     flags = ("uniform_rank", "native", "dry_run", "resume", "force")
     args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
@@ -361,6 +371,31 @@ def test_convert_writes_a_folder_that_evaluate_measures(inputs, tmp_path):
     again = script("rehead", "convert", model, *args, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert "--force" in again.stderr.splitlines()[-1]
+
+
+def test_export_writes_a_folder_that_evaluate_measures(inputs, tmp_path, capsys, monkeypatch):
+    model, text = inputs
+    monkeypatch.chdir(tmp_path)
+    args = ["--to", "mla", "--native", "--heal", 0, "--samples", 4, "--calibration", text]
+    assert run(capsys, model, *args, command="convert")[0] == 0
+    code, out, _ = run(capsys, "export", "tiny-mla", "--to", "transformers", "--json")
+    assert code == 0
+    done = json.loads(out)
+    assert (done["output"], done["to"]) == ("tiny-mla-transformers", "transformers")
+    assert done["architecture"] == "YoutuForCausalLM"
+    args = ["--text", text, "--window", 64, "--windows", 2, "--json"]
+    found = [
+        json.loads(run(capsys, "evaluate", at, *args)[1]) for at in ("tiny-mla", done["output"])
+    ]
+    assert found[1]["perplexity"] == pytest.approx(found[0]["perplexity"], rel=1e-5)
+    cache = [result["kv_bytes_per_token"] for result in found]
+    assert cache == [done["kv_bytes_per_token"][key] for key in ("converted", "exported")]
+    code, out, err = run(capsys, "export", "tiny-mla", "--to", "transformers")
+    assert (code, out) == (2, "")
+    assert "--force" in err
+    code, out, _ = run(capsys, "export", "tiny-mla", "--to", "transformers", "--force")
+    assert code == 0
+    assert "Loads as YoutuForCausalLM" in out
 
 
 def test_inspect_reads_the_config_alone(inputs, tmp_path, capsys):

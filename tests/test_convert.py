@@ -27,6 +27,7 @@ from transformers import (
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
 from rehead.converters import FORMS, ROPES, InputError, convert, job, targets
 from rehead.converters.checkpoint import open_source
+from rehead.converters.rope_split import Components, rope_base, standard_rope_pairs
 from rehead.evaluation import kv_bytes_per_token
 
 ROPE_TYPES = tiny.ROPE_TYPES | {
@@ -525,6 +526,19 @@ MISTAKES = {
     "no room for a head": (dict(to="mfa", kv_budget="10%"), None, "leaves 3 of the 32 numbers"),
     "rope": (dict(rope="none"), None, "rope 'none'"),
     "native on read": (dict(native=True, rope="on-read"), None, "Use --rope decoupled"),
+    "preset": (dict(preset="fast"), None, "--preset fast is unknown. Use engine"),
+    "preset of another form": (dict(to="gqa", preset="engine"), None, "--preset engine.*mla"),
+    "preset and query rank": (dict(preset="engine", q_lora_rank=9), None, "Leave out --q-lora"),
+    "preset and biases": (
+        dict(preset="engine"),
+        another(sliding("qwen2")),
+        "no place for the biases of this qwen2.*Use --native",
+    ),
+    "preset and rotated dims": (
+        dict(preset="engine", qk_rope_head_dim=10),
+        None,
+        "at most 8, what --preset engine rotates",
+    ),
     "budget of nothing": (dict(kv_budget="0%"), None, "--kv-budget 0% must be above 0%"),
     "budget beyond all": (dict(kv_budget="150%"), None, "--kv-budget 150% must be above"),
     "percent forgotten": (dict(kv_budget="50"), None, "Did you mean 50%"),
@@ -653,6 +667,46 @@ def test_native_layers_share_their_frequencies(source, run, halves, tmp_path):
     assert error(logits(loaded(tmp_path / "whole")), logits(source[1])) < 1e-5
     free = halves["decoupled"][1].layers
     assert free[0].rope_pairs != free[1].rope_pairs  # or this would show nothing
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "dims"),
+    [
+        ("default", dict(kv_budget="50%")),
+        ("default", dict(kv_budget="100%")),
+        ("llama3", dict(kv_lora_rank=8, qk_rope_head_dim=4)),
+    ],
+)
+def test_the_engine_preset_is_plain(rope_type, dims, run, tmp_path):
+    """No biases, and frequencies that a base gives, each rotated once."""
+    parameters = ROPE_TYPES[rope_type]
+    model = tiny.source(rope_parameters=parameters, **folders.MODEL_FIELDS)
+    folders.save(tmp_path / "source", model)
+    done = run(tmp_path / "source", tmp_path / "out", preset="engine", **dims)
+    found = loaded(tmp_path / "out")
+    pairs = done.layers[0].rope_pairs
+    assert all(layer.rope_pairs == pairs for layer in done.layers)
+    assert rope_base(found.model.rotary_emb.inv_freq[list(pairs)]) is not None
+    assert not [name for name, _ in found.named_parameters() if "bias" in name]
+    assert kv_bytes_per_token(found) == done.kv_bytes_per_token["converted"]
+    assert 0 < error(logits(found), logits(model)) < 1.3
+    assert found.config.conversion["preset"] == "engine"
+
+
+def test_standard_pairs_are_the_best_list_that_a_base_gives():
+    freqs = 100.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
+    complex_one = torch.ones(8, 1, dtype=torch.complex128)
+
+    def costs(*values):
+        cost = torch.tensor(values, dtype=torch.float64)
+        return [Components(cost, tuple(range(8)), complex_one, complex_one)]
+
+    assert standard_rope_pairs(costs(9, 1, 1, 8, 1, 1, 7, 1), 3, freqs) == (0, 3, 6)
+    assert standard_rope_pairs(costs(9, 8, 7, 1, 1, 1, 1, 1), 3, freqs) == (0, 1, 2)
+    assert rope_base(freqs[[0, 3, 6]]) == pytest.approx(100 ** (9 / 8))
+    assert rope_base(freqs[[0, 1, 3]]) is None
+    with pytest.raises(InputError, match=r"powers of one base.*Use --native"):
+        standard_rope_pairs(costs(*range(8)), 3, freqs / 2)
 
 
 @pytest.mark.parametrize("share", ["2.1%", "7%", "75%", "95%", "100%"])

@@ -10,6 +10,7 @@ from tiny import block_output, error, step_by_step, turn
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from rehead.modeling import (
+    LORA_TARGET_MODULES,
     LlamaMFAConfig,
     LlamaMFAForCausalLM,
     MFAAttention,
@@ -431,3 +432,26 @@ def test_config_defaults_and_plans():
     weights = set(MFAAttention(config, 0).state_dict())
     names = ("q_proj", "inter_norm", "wq", "k_proj", "kr_proj", "o_proj")
     assert weights == {f"{name}.weight" for name in names} | {"kr_alpha"}
+
+
+def test_lora_targets_are_every_forms_linear_layers():
+    queries = tiny.mla(q_lora_rank=7)
+    models = {
+        "gqa": [tiny.source()],
+        "mqa": [tiny.source(num_key_value_heads=1)],
+        "mla": [tiny.mla(), tiny.mla(form="on_read"), queries],
+        "mfa": [tiny.mfa()],
+        "mfa-kr": [tiny.mfa(form="mfa_kr")],
+    }
+    assert set(LORA_TARGET_MODULES) == set(models)
+    for form, made in models.items():
+        linear = {
+            name
+            for model in made
+            for name, layer in model.model.layers[0].self_attn.named_modules()
+            if isinstance(layer, torch.nn.Linear)
+        }
+        assert linear == set(LORA_TARGET_MODULES[form])
+    config = peft.LoraConfig(target_modules=LORA_TARGET_MODULES["mla"])
+    adapted = peft.get_peft_model(queries, config)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2 * 5

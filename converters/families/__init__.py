@@ -67,11 +67,7 @@ FAMILIES = {
             ),
             refuse=_sliding_window,
         ),
-        Family(
-            "qwen2_moe",
-            experts=_QWEN_EXPERTS,
-            refuse=_sliding_window,
-        ),
+        Family("qwen2_moe", experts=_QWEN_EXPERTS, refuse=_sliding_window),
         Family(
             "stablelm",
             rotary="partial",
@@ -126,11 +122,9 @@ FAMILIES = {
 _LATENT = "has multi-head latent attention already, and a cache that small"
 _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
-_NORM = (
-    "normalises queries and keys in a way that is not supported yet (of Qwen3's, head by head, "
-    "it is)"
-)
-_ALIBI = "adds biases by distance to its scores (ALiBi): not supported yet"
+_NORM = "normalises queries and keys otherwise than Qwen3 does, which is not supported yet"
+_WINDOWS = "slides a window in some layers and not in others, which is not supported yet"
+_ALIBI = "adds biases by distance to its scores (ALiBi), which is not supported yet"
 
 # Model types that are known and not converted, and why.
 REFUSED = {
@@ -142,10 +136,9 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo gemma3 gemma3_text hunyuan_v1_dense olmo2 olmo3 olmoe",
+        _NORM: "flex_olmo hunyuan_v1_dense olmo2 olmo3 olmoe",
+        _WINDOWS: "cohere2 gemma2 gemma3 gemma3_text",
         _ALIBI: "bloom mpt",
-        "caps its scores (attn_logit_softcapping) and slides a window in every second layer: not "
-        "supported yet": "gemma2",
     }.items()
     for model_type in model_types.split()
 }

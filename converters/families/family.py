@@ -54,7 +54,8 @@ class Family:
         buffers: tensors of the attention module that no weight is lost with.
         rotary: which part of a head is rotated: the "whole", the part that the config says
             ("partial"), or "none".
-        qk_norm: an RMS norm of each head's query and key, before their rotation.
+        qk_norm: an RMS norm of each head's query and key, before their rotation, of families that
+            rotate whole heads.
         positions: the table of learned positions; the first is the one in row `first_position`.
         embed_scale: what embeddings are multiplied with.
         parallel: whether the MLP's output joins the residual stream together with attention's.
@@ -119,11 +120,10 @@ class Family:
         for suffix, kind in (("", "weight"), ("_bias", "bias")):
             for role, rows in self._take(left, kind, config).items():
                 found[role + suffix] = rows
-        o = self._stored(left.pop(f"{self.o}.weight"))
-        o_bias = left.pop(f"{self.o}.bias", None)
+        o, o_bias = (self._pop(left, self.o, kind) for kind in ("weight", "bias"))
         norms: dict[str, Any] = {}
         if self.qk_norm:
-            norms = {name: left.pop(f"{name}.weight") for name in ("q_norm", "k_norm")}
+            norms = {name: self._pop(left, name, "weight") for name in ("q_norm", "k_norm")}
             norms["norm_eps"] = config.rms_norm_eps
         if left:
             raise InputError(
@@ -131,7 +131,7 @@ class Family:
                 "not know. Nothing is dropped silently, so nothing is converted."
             )
         q = found["q"]
-        assert q is not None
+        assert q is not None and o is not None
         width, rotated = q.shape[1], 2 * len(inv_freq)
         order = _halves(width, rotated)
         for name in ("q", "q_bias", "k", "k_bias"):
@@ -179,6 +179,18 @@ class Family:
         """From [out, in] to the layout on disk, or back."""
         return weight.mT if self.transposed else weight
 
+    def _pop(self, left: dict[str, Tensor], name: str, kind: str) -> Tensor | None:
+        """A projection's weight as [out, in], or its bias, if there is one."""
+        rows = left.pop(f"{name}.{kind}", None)
+        if kind == "bias":
+            return rows
+        if rows is None:
+            raise InputError(
+                f"a {self.model_type} layer lacks {name}.weight, so the checkpoint is not whole. "
+                "Download it again."
+            )
+        return self._stored(rows)
+
     def _take(
         self, left: dict[str, Tensor], kind: str, config: PretrainedConfig
     ) -> dict[str, Tensor | None]:
@@ -187,17 +199,12 @@ class Family:
         if self.fused is None:
             taken = {}
             for role, count in (("q", heads), ("k", groups), ("v", groups)):
-                name = f"{getattr(self, role)}.{kind}"
-                rows = left.pop(name) if kind == "weight" else left.pop(name, None)
-                if rows is not None and kind == "weight":
-                    rows = self._stored(rows)
+                rows = self._pop(left, getattr(self, role), kind)
                 taken[role] = None if rows is None else rows.unflatten(0, (count, -1))
             return taken
-        name = f"{self.fused}.{kind}"
-        whole = left.pop(name) if kind == "weight" else left.pop(name, None)
+        whole = self._pop(left, self.fused, kind)
         if whole is None:
             return dict.fromkeys("qkv")
-        whole = self._stored(whole) if kind == "weight" else whole
         if self.head_by_head:
             parts = whole.unflatten(0, (heads, 3, -1)).unbind(1)
         else:

@@ -1,0 +1,5 @@
+"""Converted models for tools that do not know rehead."""
+
+from .run import FORMATS, Export, export
+
+__all__ = ["FORMATS", "Export", "export"]
