@@ -56,10 +56,10 @@ class LayerStream:
             self.rotary = type(rotary)(config).to(self.device)
             # Converted models hand more than angles to their layers.
             self.rotary._forward_hooks.update(rotary._forward_hooks)
-        if not self.inv_freq.isfinite().all():
+        if not (self.inv_freq.isfinite() & (self.inv_freq > 0)).all():
             raise InputError(
                 f"{self.source.path / 'config.json'} gives rotary frequencies that are no finite "
-                "numbers (rope_parameters)."
+                "numbers above 0 (rope_parameters)."
             )
 
     @property

@@ -23,7 +23,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
     Raises:
         InputError: llama.cpp would tokenize otherwise, or it is not known whether.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if (folder / "tokenizer.model").is_file():
         _add_sentencepiece(writer, folder, vocab_size)
     else:

@@ -309,6 +309,7 @@ def test_an_odd_head_is_refused_where_transformers_lets_it_pass():
     [
         (dict(rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "no finite numbers"),
         (dict(rope_parameters={"rope_type": "default", "rope_theta": -3.0}), "no finite numbers"),
+        (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e300}), "no finite numbers"),
         (dict(rms_norm_eps=-1e9), "layer 0 gives values that are not finite"),
         (dict(num_attention_heads=0), "config.json"),
         (dict(hidden_size=33), "config.json"),

@@ -120,7 +120,8 @@ def layer_of(model, asked, budget, seed, bias):
         **vars(drawn)
         | {"inv_freq": rotary.inv_freq.double(), "scaling": config.head_dim**-0.5 * factor}
     )
-    x = layers.inputs(3, TOKENS, config.hidden_size, seed=seed + 1)
+    # More tokens than stacked rows: directions that no gradient shows may be lost (reliability.md).
+    x = layers.inputs(5, TOKENS, config.hidden_size, seed=seed + 1)
     seen = Activations(x, attention(maps.to(torch.float32), x), torch.ones(x.shape[:2]))
     generator = torch.Generator().manual_seed(seed)
     moments = target.moments(maps, x, generator)

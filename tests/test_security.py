@@ -20,7 +20,7 @@ from rehead.converters.checkpoint import copy_side_files, locate, open_source
 from rehead.converters.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("converters", "modeling", "evaluation", "uptraining", "cli")
+PACKAGES = ("converters", "modeling", "evaluation", "export", "uptraining", "cli")
 
 
 @pytest.fixture(scope="module")
