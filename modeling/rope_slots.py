@@ -51,6 +51,19 @@ class SlotAngles:
         sin = (sin_o * cos_i + cos_o * sin_i).flatten(0, 1)[:length]
         return cos, sin
 
+    def selected_phases(self, length: int, index: torch.Tensor) -> torch.Tensor:
+        """exp(i angle) [length, n] at slots 0 to length - 1, of the n frequencies `index`.
+
+        From two short tables: to pick n columns of a long one takes longer than to multiply them.
+        """
+        step, device = 256, index.device
+        key = (length, device, "steps")
+        if key not in self._tables:
+            slots = torch.arange(0, length, step, device=device), torch.arange(step, device=device)
+            self._tables[key] = [torch.complex(*self.at(part)) for part in slots]
+        outer, inner = (table.index_select(-1, index) for table in self._tables[key])
+        return (outer[:, None] * inner).flatten(0, 1)[:length]
+
     def phases(self, length: int, groups: int, device: torch.device) -> torch.Tensor:
         """exp(i angle) [length, g, f] at slots 0 to length - 1, laid out for every KV head."""
         key = (length, groups, device)
@@ -153,21 +166,33 @@ def with_rope_key(
 ) -> torch.Tensor:
     """Latents [B, 1, S, r], each followed by the rotated key [d_r] that it holds, weight [d_r, r].
 
-    Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`.
+    Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`,
+    with each pair's two parts side by side (`side_by_side`), as complex numbers lie in memory.
     """
     total, rank = latent.shape[2:]
-    cos, sin = (x.index_select(-1, index) for x in angles.table(total, latent.device))
+    weight = side_by_side(weight.T).T
+    bias = None if bias is None else side_by_side(bias)
     if torch.compiler.is_compiling():
-        key = rotate(nn.functional.linear(latent, weight, bias), cos, sin)
-        return torch.cat((latent, key), dim=-1)
+        cos, sin = (x.index_select(-1, index) for x in angles.table(total, latent.device))
+        real, imag = nn.functional.linear(latent, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((real * cos - imag * sin, imag * cos + real * sin), dim=-1)
+        return torch.cat((latent, turned.flatten(-2).to(latent.dtype)), dim=-1)
     rows = latent.new_empty(*latent.shape[:3], rank + len(weight))
     rows[..., :rank] = latent
-    size, _ = _chunks(total, latent.device)
+    phases = angles.selected_phases(total, index)  # [S, d_r / 2]
+    work = torch.promote_types(latent.dtype, torch.float32)
+    size = min(total, GPU_CHUNK)
     for start in range(0, total, size):
         part = slice(start, start + size)
-        key = nn.functional.linear(latent[:, :, part], weight, bias)
-        rows[:, :, part, rank:] = rotate(key, cos[part], sin[part])
+        key = nn.functional.linear(latent[:, :, part], weight, bias).to(work)
+        torch.view_as_complex(key.unflatten(-1, (-1, 2))).mul_(phases[part])
+        rows[:, :, part, rank:] = key
     return rows
+
+
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """x [..., 2n], real parts then imaginary parts, with the parts of each pair side by side."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def shared_key_scores(

@@ -316,6 +316,11 @@ def test_the_output_is_named_after_the_model(model, expected, tmp_path, monkeypa
     assert default_output(".", "mla") == Path(f"{tmp_path.name}-mla")
 
 
+def heed_interrupts():
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_terminated_process_leaves_nothing_half_written(tmp_path):
     """The console script's own signal handling around a writer that is at work."""
     code = (
@@ -334,7 +339,9 @@ def test_a_terminated_process_leaves_nothing_half_written(tmp_path):
     )
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         command = [sys.executable, "-c", code, tmp_path / "model"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        ) as process:
             assert any("at work" in line for line in process.stderr)
             assert list(tmp_path.iterdir())
             process.send_signal(number)

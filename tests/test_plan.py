@@ -182,7 +182,7 @@ def test_what_is_not_rotated_shares_the_latent_with_the_values():
     half = dict(model_type="phi", rope_parameters=dict(partial_rotary_factor=0.5))
     half = SimpleNamespace(**vars(CONFIG) | half)
     assert budget(share=1.0, config=half).fixed == [LayerDims(24, 8)] * 3
-    assert budget("on-read", 1.0, half).fixed == [LayerDims(32, 0)] * 3
+    assert budget("on-read", 1.0, half).fixed == [LayerDims(32, on_read=True)] * 3
     none = SimpleNamespace(**vars(CONFIG) | dict(model_type="gpt2"))
     assert budget(share=1.0, config=none).fixed == [LayerDims(32, 0)] * 3
     with pytest.raises(InputError, match="qk_rope_head_dim=10 must be even and at most 8"):

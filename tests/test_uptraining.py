@@ -435,6 +435,15 @@ def test_a_resumed_run_gives_the_same_result(inputs, tmp_path, options):
     assert [point.tokens for point in done.curve] == [0, 480, 960]
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_a_signal_saves_and_the_run_goes_on_from_there(inputs, tmp_path, trained):
     def interrupt(stage, done, total, info):
         if done == 7 and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
