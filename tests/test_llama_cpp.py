@@ -1,6 +1,5 @@
-"""An exported file in llama.cpp itself, through the wheel of xllamacpp where that is installed."""
+"""An exported file in llama.cpp itself: the wheel of xllamacpp, which `make test` installs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,11 +12,6 @@ from transformers import AutoTokenizer
 
 from rehead.export import export
 from rehead.export.emulate import emulated
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None,
-    reason="llama.cpp is not installed (pip install --no-deps xllamacpp)",
-)
 
 # Its server ends with the process, so it has one of its own.
 SERVED = """
