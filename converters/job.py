@@ -59,10 +59,10 @@ class Job:
 
     def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
         """Every layer's moments, kept in `work`, and the dims the budget buys."""
-        # What moments and choices take from the text is coarser than bfloat16.
         for name in self.source.names():
             if not name.startswith(f"{self.family.layers}."):
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
+        # What moments and choices take from the text is coarser than bfloat16.
         stream = self._stream(tokens[:SURVEY_SEQUENCES], has_fast_bfloat16(self.device))
         curves, shares = [], []
         for layer in range(self.layers):

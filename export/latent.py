@@ -29,6 +29,13 @@ def check_exportable(source: Source) -> None:
             f"{path} is {name} already, a stock class that loads without rehead. There is nothing "
             "to export."
         )
+    family = family_of_converted(config)
+    if not family.llama_decoder:
+        held = ", ".join(name for name in MLA_CLASSES if FAMILIES[name].llama_decoder)
+        raise InputError(
+            f"{path} is a {family.model_type} model, and the classes it could be exported to hold "
+            f"Llama's decoder around the attention ({held}). It runs in rehead's own."
+        )
     if config.rope_on_read:
         raise InputError(f"{path} rotates its keys on read, which no stock class does. {AGAIN}")
     if config.kv_lora_rank_per_layer or config.qk_rope_head_dim_per_layer:

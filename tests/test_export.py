@@ -11,15 +11,17 @@ from typing import ClassVar
 
 import folders
 import pytest
+import sources
 import tiny
 import torch
 from layers import error
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
+import rehead.modeling
 from rehead.converters import InputError
 from rehead.converters.checkpoint import open_source
+from rehead.converters.families import FAMILIES
 from rehead.evaluation import kv_bytes_per_token
 from rehead.export import export, native
 from rehead.export.latent import LatentModel
@@ -186,6 +188,24 @@ def test_half_precision_loses_what_its_rounding_loses(tmp_path):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{dtype}", dtype="auto")
         assert found.dtype == dtype
         assert error(logits(found), wanted) < 2 * own
+
+
+@pytest.mark.parametrize("family", rehead.modeling.MLA_CLASSES)
+def test_no_family_is_exported_wrongly(family, tmp_path):
+    """One with another decoder is refused, though its weights may have the same names."""
+    config, _, causal_lm = rehead.modeling.MLA_CLASSES[family]
+    fields = sources.FAMILIES[family][2] | tiny.DECOUPLED | NATIVE
+    torch.manual_seed(0)
+    model = tiny.fill_biases(causal_lm(config(**fields)).eval())
+    folders.save(tmp_path / "in", model)
+    if FAMILIES[family].llama_decoder:
+        export(tmp_path / "in", to="transformers", output=tmp_path / "out")
+        assert error(logits(loaded(tmp_path / "out")), logits(model)) < 2e-5
+        return
+    for to in ("transformers", "gguf"):
+        with pytest.raises(InputError, match=rf"is a {family} model.*Llama's decoder"):
+            export(tmp_path / "in", to=to, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_is_whole(tmp_path):

@@ -56,9 +56,9 @@ _QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral", refuse=_sliding_window),
-        Family("qwen2", refuse=_sliding_window),
+        Family("llama", llama_decoder=True),
+        Family("mistral", llama_decoder=True, refuse=_sliding_window),
+        Family("qwen2", llama_decoder=True, refuse=_sliding_window),
         Family("phi3", fused="qkv_proj", rotary="partial", refuse=_sliding_window),
         Family(
             "mixtral",
@@ -113,7 +113,7 @@ FAMILIES = {
             first_position=2,
             refuse=_opt,
         ),
-        Family("seed_oss"),
+        Family("seed_oss", llama_decoder=True),
         Family("qwen3", qk_norm=True, refuse=_sliding_window),
         Family("qwen3_moe", qk_norm=True, experts=_QWEN_EXPERTS, refuse=_sliding_window),
     )

@@ -60,6 +60,7 @@ class Family:
         embed_scale: what embeddings are multiplied with.
         parallel: whether the MLP's output joins the residual stream together with attention's.
         experts: of a mixture of experts.
+        llama_decoder: all but the attention is Llama's, so that other models' classes can hold it.
         refuse: for a config, the reason why it cannot be converted, or None.
     """
 
@@ -81,6 +82,7 @@ class Family:
     embed_scale: Callable[[PretrainedConfig], float] = field(default=lambda config: 1.0)
     parallel: Callable[[PretrainedConfig], bool] = field(default=lambda config: False)
     experts: Experts | None = None
+    llama_decoder: bool = False
     refuse: Callable[[PretrainedConfig], str | None] = field(default=lambda config: None)
 
     def prefix(self, layer: int) -> str:
