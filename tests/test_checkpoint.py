@@ -20,19 +20,6 @@ from rehead.converters.checkpoint import Writer, copy_side_files, locate, open_s
 from rehead.converters.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A tiny Llama's folder with one weight file; copied by the tests that change it."""
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    folders.save(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny")
-
-
 @pytest.fixture
 def sharded(tmp_path):
     folders.save(tmp_path / "sharded", max_shard_size="20KB")

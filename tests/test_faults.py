@@ -38,18 +38,6 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    folders.save(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny")
-
-
 def digest(folder):
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()

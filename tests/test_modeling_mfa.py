@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from tiny import block_output, error, step_by_step, turn
-from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 from rehead.modeling import (
     LORA_TARGET_MODULES,
@@ -21,25 +21,6 @@ from rehead.modeling import (
 from rehead.modeling import mfa as mfa_module
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.MFA_FORMS)
-UNEVEN = dict(
-    mfa_head_dim_per_layer=[11, 5],
-    share_q_dim_per_layer=[4, 9],
-    qk_rope_head_dim_per_layer=[6, 0],
-    rope_pairs=[[3, 0, 0], []],
-)
-VARIANTS = [{}, tiny.MFA_BIASES | UNEVEN | dict(use_inter_norm=True)]
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def left_padding(ids) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    return mask
 
 
 def naive(
@@ -85,7 +66,7 @@ def naive(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("fields", VARIANTS)
+@pytest.mark.parametrize("fields", tiny.MFA_VARIANTS)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementation):
@@ -120,7 +101,7 @@ def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, le
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("fields", VARIANTS)
+@pytest.mark.parametrize("fields", tiny.MFA_VARIANTS)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_cached_steps_equal_the_full_forward(
@@ -194,9 +175,9 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, implementation, m
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_cache_holds_one_key_and_one_value_or_the_latent_alone(form, ids):
-    model = tiny.mfa(form=form, **UNEVEN)
+    model = tiny.mfa(form=form, **tiny.MFA_UNEVEN)
     cache = model(ids).past_key_values
-    for width, layer in zip(UNEVEN["mfa_head_dim_per_layer"], cache.layers, strict=True):
+    for width, layer in zip(tiny.MFA_UNEVEN["mfa_head_dim_per_layer"], cache.layers, strict=True):
         assert layer.keys.numel() == ids.numel() * width
         assert layer.values.numel() == (0 if form == "mfa_kr" else ids.numel() * width)
 
@@ -264,82 +245,6 @@ def test_decode_takes_heads_as_rows_and_training_does_not(form, ids, monkeypatch
     assert taken(torch.no_grad(), ids[:, :3], cache)[0] == rows
     assert taken(torch.no_grad(), ids[:, :12], cache)[0] == {"_attend"}
     assert taken(torch.enable_grad(), ids[:, :1], cache)[0] == {"_attend"}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_attentions_are_recorded_and_sum_to_one(form, ids):
-    model = tiny.mfa(form=form)
-    model.set_attn_implementation("eager")
-    out = model(ids, output_attentions=True, output_hidden_states=True)
-    step = model(ids[:, :1], past_key_values=out.past_key_values, output_attentions=True)
-    assert len(out.hidden_states) == 3
-    for attentions, shape in ((out.attentions, (2, 4, 20, 20)), (step.attentions, (2, 4, 1, 21))):
-        assert len(attentions) == 2
-        for weights in attentions:
-            assert weights.shape == shape
-            torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
-    model = tiny.mfa(family, form, rope_parameters=tiny.ROPE_TYPES["yarn"], **VARIANTS[1])
-    model.config.conversion = {"form": form, "kv_budget": 0.5}
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.config.conversion == model.config.conversion
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    buffers = dict(loaded.named_buffers())
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffers[name], buffer), name
-    base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    assert {path.stem for path in tmp_path.glob("*.py")} == {
-        *("converted_attention", "converted_config", "converted_model", "rope_slots"),
-        *("gqa", "mfa", "mla", "mfa_config", "mla_config", family),
-    }
-
-
-@pytest.mark.parametrize(("family", "form"), [("mistral", "mfa"), ("qwen2", "mfa_kr")])
-def test_checkpoint_carries_its_code(family, form, ids, tmp_path):
-    """In a process that cannot import rehead."""
-    tiny.load_without_rehead(tiny.mfa(family, form), ids, tmp_path)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_bfloat16_is_as_good_as_its_rounding(form, ids, tmp_path):
-    """No worse than three times what the stock class loses in the same dtype."""
-    stock = tiny.source()
-    ours = tiny.exact_mfa(stock, "llama", form)
-    want = stock(ids).logits
-    budget = 3 * error(copy.deepcopy(stock).bfloat16()(ids).logits, want)
-    ours.save_pretrained(tmp_path)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.lm_head.weight.dtype == torch.bfloat16
-    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-    got = step_by_step(half, ids, torch.ones_like(ids), 12, [1] * 8)
-    assert got.dtype == torch.bfloat16
-    assert error(got, want) < budget < 0.2
-
-
-@pytest.mark.parametrize("fields", VARIANTS)
-@pytest.mark.parametrize("form", FORMS)
-def test_gradient_reaches_every_weight_with_and_without_checkpointing(form, fields, ids):
-    model = tiny.mfa(form=form, **fields).train()
-    grads = []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(ids, labels=ids).loss.backward()
-        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
-    for name, grad in grads[0].items():
-        assert grad.abs().max() > 0, name
-        assert error(grads[1][name], grad) < 1e-5, name
 
 
 @torch.no_grad()

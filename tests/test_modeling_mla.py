@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from tiny import block_output, error, step_by_step, turn
-from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from rehead.modeling import (
     LlamaMLAConfig,
@@ -21,32 +21,6 @@ from rehead.modeling import (
 from rehead.modeling import mla as mla_module
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.FORMS)
-UNEVEN = {
-    "decoupled": dict(
-        kv_lora_rank_per_layer=[12, 5],
-        qk_rope_head_dim_per_layer=[6, 0],
-        rope_pairs=[[3, 0, 0], []],
-    ),
-    "on_read": dict(kv_lora_rank_per_layer=[5, 12]),
-    # One layer's keys are rotated whole, the other's rotated key is read.
-    "rope_read": dict(
-        kv_lora_rank_per_layer=[5, 12],
-        qk_rope_head_dim_per_layer=[0, 6],
-        rope_pairs=[[], [3, 0, 0]],
-    ),
-}
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def left_padding(ids) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    return mask
 
 
 def naive(
@@ -89,20 +63,8 @@ def naive(
     return f.o_proj(torch.stack(out))
 
 
-CASES = [
-    ("decoupled", {}),
-    ("decoupled", tiny.BIASES | dict(q_lora_rank=7)),
-    ("decoupled", UNEVEN["decoupled"]),
-    ("on_read", {}),
-    ("on_read", tiny.BIASES | UNEVEN["on_read"] | dict(q_lora_rank=7)),
-    ("rope_read", {}),
-    ("rope_read", tiny.BIASES | dict(q_lora_rank=7)),
-    ("rope_read", UNEVEN["rope_read"]),
-]
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(("form", "fields"), CASES)
+@pytest.mark.parametrize(("form", "fields"), tiny.CASES)
 @torch.no_grad()
 def test_block_equals_naive_reference_and_no_twin_does(form, fields, implementation):
     model = tiny.mla(form=form, **fields)
@@ -149,7 +111,7 @@ def test_lossless_layout_equals_the_stock_model(family, form, rope_type, ids, le
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(("form", "fields"), CASES)
+@pytest.mark.parametrize(("form", "fields"), tiny.CASES)
 @torch.no_grad()
 def test_cached_steps_equal_the_full_forward(
     form, fields, implementation, ids, left_padding, monkeypatch
@@ -223,7 +185,7 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_cache_holds_the_latent_and_the_rotated_key_alone(form, ids):
-    model = tiny.mla(form=form, **UNEVEN[form])
+    model = tiny.mla(form=form, **tiny.UNEVEN[form])
     cache = model(ids).past_key_values
     for i, layer in enumerate(cache.layers):
         held = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
@@ -292,43 +254,6 @@ def test_decode_absorbs_and_training_does_not(form, ids, monkeypatch):
     hook.remove()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_attentions_are_recorded_and_sum_to_one(form, ids):
-    model = tiny.mla(form=form)
-    model.set_attn_implementation("eager")
-    out = model(ids, output_attentions=True, output_hidden_states=True)
-    step = model(ids[:, :1], past_key_values=out.past_key_values, output_attentions=True)
-    assert len(out.hidden_states) == 3
-    for attentions, shape in ((out.attentions, (2, 4, 20, 20)), (step.attentions, (2, 4, 1, 21))):
-        assert len(attentions) == 2
-        for weights in attentions:
-            assert weights.shape == shape
-            torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
-    fields = UNEVEN[form] | tiny.BIASES
-    model = tiny.mla(family, form, rope_parameters=tiny.ROPE_TYPES["yarn"], **fields)
-    model.config.conversion = {"form": form, "kv_budget": 0.5}
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.config.conversion == model.config.conversion
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    buffers = dict(loaded.named_buffers())
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffers[name], buffer), name
-    base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    loaded.save_pretrained(tmp_path / "again")
-    for name in ("config.json", "mla.py", "mla_config.py", "rope_slots.py", f"{family}.py"):
-        assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
-
-
 @torch.no_grad()
 def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     """A converter that streams weights never builds the model that would save itself."""
@@ -352,44 +277,6 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert set(loaded.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize(("family", "form"), [("llama", "decoupled"), ("qwen2", "on_read")])
-def test_checkpoint_carries_its_code(family, form, ids, tmp_path):
-    """In a process that cannot import rehead."""
-    tiny.load_without_rehead(tiny.mla(family, form), ids, tmp_path)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_bfloat16_is_as_good_as_its_rounding(form, ids, tmp_path):
-    """No worse than three times what the stock class loses in the same dtype."""
-    stock = tiny.source()
-    ours = tiny.exact(stock, "llama", form)
-    want = stock(ids).logits
-    budget = 3 * error(copy.deepcopy(stock).bfloat16()(ids).logits, want)
-    ours.save_pretrained(tmp_path)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.lm_head.weight.dtype == torch.bfloat16
-    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-    got = step_by_step(half, ids, torch.ones_like(ids), 12, [1] * 8)
-    assert got.dtype == torch.bfloat16
-    assert error(got, want) < budget < 0.2
-
-
-@pytest.mark.parametrize(("form", "fields"), CASES)
-def test_gradient_reaches_every_weight_with_and_without_checkpointing(form, fields, ids):
-    model = tiny.mla(form=form, **fields).train()
-    grads = []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(ids, labels=ids).loss.backward()
-        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
-    for name, grad in grads[0].items():
-        assert grad.abs().max() > 0, name
-        assert error(grads[1][name], grad) < 1e-5, name
 
 
 @pytest.mark.parametrize("form", FORMS)

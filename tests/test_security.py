@@ -23,18 +23,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("converters", "modeling", "evaluation", "export", "uptraining", "cli")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    folders.save(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny")
-
-
 @pytest.fixture
 def secret(tmp_path):
     (tmp_path / "private").mkdir()

@@ -60,6 +60,38 @@ FACTORED = dict(
 MFA_FORMS = {"mfa": FACTORED, "mfa_kr": FACTORED | dict(key_reuse=True)}
 MFA_BIASES = dict(q_bias=True, k_bias=True, o_bias=True)
 BIASES = dict(q_bias=True, kv_a_bias=True, kv_b_bias=True, o_bias=True)
+# Every layer with dims of its own.
+UNEVEN = {
+    "decoupled": dict(
+        kv_lora_rank_per_layer=[12, 5],
+        qk_rope_head_dim_per_layer=[6, 0],
+        rope_pairs=[[3, 0, 0], []],
+    ),
+    "on_read": dict(kv_lora_rank_per_layer=[5, 12]),
+    # One layer's keys are rotated whole, the other's rotated key is read.
+    "rope_read": dict(
+        kv_lora_rank_per_layer=[5, 12],
+        qk_rope_head_dim_per_layer=[0, 6],
+        rope_pairs=[[], [3, 0, 0]],
+    ),
+}
+CASES = [
+    ("decoupled", {}),
+    ("decoupled", BIASES | dict(q_lora_rank=7)),
+    ("decoupled", UNEVEN["decoupled"]),
+    ("on_read", {}),
+    ("on_read", BIASES | UNEVEN["on_read"] | dict(q_lora_rank=7)),
+    ("rope_read", {}),
+    ("rope_read", BIASES | dict(q_lora_rank=7)),
+    ("rope_read", UNEVEN["rope_read"]),
+]
+MFA_UNEVEN = dict(
+    mfa_head_dim_per_layer=[11, 5],
+    share_q_dim_per_layer=[4, 9],
+    qk_rope_head_dim_per_layer=[6, 0],
+    rope_pairs=[[3, 0, 0], []],
+)
+MFA_VARIANTS = [{}, MFA_BIASES | MFA_UNEVEN | dict(use_inter_norm=True)]
 ROPE_TYPES = {
     "default": {"rope_type": "default", "rope_theta": 100.0},
     "yarn": {
