@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, shared_key_scores
+from .rope_slots import SlotAngles, with_turned_tail
 
 
 class MFAAttention(ConvertedAttention):
@@ -108,19 +108,10 @@ class MFAAttention(ConvertedAttention):
     def _read(self, query, latent, mask, slots, angles, **kwargs):
         """Attention [B, T, H, C] of query [B, H, T, C] at `slots` [T] over latent [B, 1, S, C]."""
         absorb = self._can_absorb(query.shape[2], latent, mask)
-        # A compiler fuses the rotation of whole keys; leave it to that.
-        if absorb and self.qk_rope_head_dim and not torch.compiler.is_compiling():
-            scores = shared_key_scores(query, latent.squeeze(1), self.rope_index, slots, angles)
-            scores = scores.view(*query.shape[:3], -1) * self.scaling
-            weights = self._softmax(scores, mask, query.dtype)
-            return self._value(self._mix(weights, latent)).transpose(1, 2), weights
         key = latent
         if self.qk_rope_head_dim:
-            # The factor of RoPE types such as YaRN stands on both sides of a score.
-            cos, sin = (x * angles.score_scaling for x in self._select(angles.at(slots)))
-            query = self._rotate_tail(query, cos, sin)
-            table = angles.table(latent.shape[2], latent.device)
-            key = self._rotate_tail(latent, *self._select(table))
+            query = self._query_of_read_keys(query, slots, angles)
+            key = with_turned_tail(latent, self.rope_index, angles)
         if absorb:
             mixed, weights = self._attend_as_rows(query, key, latent, mask)
             return self._value(mixed).transpose(1, 2), weights

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, rotate, side_by_side, slot_scores, with_rope_key
+from .rope_slots import SlotAngles, rotate, slot_scores, with_rope_key
 
 
 class MLAAttention(ConvertedAttention):
@@ -190,10 +190,7 @@ class MLAAttention(ConvertedAttention):
             mixed = self._mix(weights, cached)
         else:
             if self.config.rope_on_read:
-                # The factor of RoPE types such as YaRN stands on both sides of a score.
-                at_query = tuple(x * angles.score_scaling for x in angles.at(slots))
-                query = self._rotate_tail(query, *self._select(at_query))
-                query = torch.cat((query[..., :n], side_by_side(query[..., n:])), dim=-1)
+                query = self._query_of_read_keys(query, slots, angles)
                 cached = with_rope_key(cached, rope_weight, rope_bias, self.rope_index, angles)
             # The keys' bias adds the same to all scores of a query, which softmax cannot see.
             free = query[..., :n].unflatten(1, (groups, -1))

@@ -3,6 +3,7 @@
 S slots in the cache, T query tokens, H query heads, g KV heads, d head_dim, f = d / 2 frequencies.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,67 +170,51 @@ def with_rope_key(
     Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`,
     with each pair's two parts side by side (`side_by_side`), as complex numbers lie in memory.
     """
-    total, rank = latent.shape[2:]
     weight = side_by_side(weight.T).T
     bias = None if bias is None else side_by_side(bias)
+    return _with_turned(
+        latent, lambda rows: nn.functional.linear(rows, weight, bias), index, angles
+    )
+
+
+def with_turned_tail(latent: torch.Tensor, index: torch.Tensor, angles: SlotAngles) -> torch.Tensor:
+    """Latents [B, 1, S, C] with their last 2 n dimensions turned, as in `with_rope_key`.
+
+    Before, these are real parts then imaginary parts; after it each pair's two are side by side.
+    """
+    free = latent.shape[-1] - 2 * len(index)
+    return _with_turned(latent, lambda x: side_by_side(x[..., free:]), index, angles, free)
+
+
+def _with_turned(
+    latent: torch.Tensor,
+    pairs: Callable[[torch.Tensor], torch.Tensor],
+    index: torch.Tensor,
+    angles: SlotAngles,
+    kept: int | None = None,
+) -> torch.Tensor:
+    """The first `kept` dimensions of latents [B, 1, S, C], and `pairs` of them, turned by slot."""
+    total = latent.shape[2]
+    first = latent[..., :kept]
     if torch.compiler.is_compiling():
         cos, sin = (x.index_select(-1, index) for x in angles.table(total, latent.device))
-        real, imag = nn.functional.linear(latent, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
+        real, imag = pairs(latent).unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((real * cos - imag * sin, imag * cos + real * sin), dim=-1)
-        return torch.cat((latent, turned.flatten(-2).to(latent.dtype)), dim=-1)
-    rows = latent.new_empty(*latent.shape[:3], rank + len(weight))
-    rows[..., :rank] = latent
-    phases = angles.selected_phases(total, index)  # [S, d_r / 2]
+        return torch.cat((first, turned.flatten(-2).to(latent.dtype)), dim=-1)
+    width = first.shape[-1]
+    rows = latent.new_empty(*latent.shape[:3], width + 2 * len(index))
+    rows[..., :width] = first
+    phases = angles.selected_phases(total, index)  # [S, n]
     work = torch.promote_types(latent.dtype, torch.float32)
     size = min(total, GPU_CHUNK)
     for start in range(0, total, size):
         part = slice(start, start + size)
-        key = nn.functional.linear(latent[:, :, part], weight, bias).to(work)
-        torch.view_as_complex(key.unflatten(-1, (-1, 2))).mul_(phases[part])
-        rows[:, :, part, rank:] = key
+        flat = pairs(latent[:, :, part]).to(work).contiguous()
+        turned = torch.view_as_complex(flat.unflatten(-1, (-1, 2))) * phases[part]
+        rows[:, :, part, width:] = torch.view_as_real(turned).flatten(-2)
     return rows
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2n], real parts then imaginary parts, with the parts of each pair side by side."""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-def shared_key_scores(
-    query: torch.Tensor,
-    latent: torch.Tensor,
-    index: torch.Tensor,
-    slots: torch.Tensor,
-    angles: SlotAngles,
-) -> torch.Tensor:
-    """Unscaled scores [B, H * T, S] of query [B, H, T, C] at `slots` [T] against one rotated key.
-
-    Key s is latent [B, S, C] with its last 2 n dimensions turned by the slot and the n frequencies
-    `index`; only they take `angles.score_scaling`. As in `slot_scores`, a chunk of keys is turned
-    by their offset within it, and the query by the rest of the angle.
-    """
-    batch, heads, length, width = query.shape
-    total, half = latent.shape[1], len(index)
-    parts = [width - 2 * half, half, half]  # position-free, real, imaginary
-    work = torch.promote_types(latent.dtype, torch.float32)
-    size, starts = _chunks(total, latent.device)
-
-    cos, sin = (x.index_select(-1, index) for x in angles.table(size, latent.device))
-    # [chunks, T, n]
-    rest = [x.index_select(-1, index) for x in angles.at(slots - starts[:, None])]
-    free, tail = query.to(work).split([parts[0], 2 * half], dim=-1)
-    free, tail = free.flatten(1, 2), tail * angles.score_scaling
-
-    scores = latent.new_empty(batch, heads * length, total, dtype=work)
-    for chunk, start in enumerate(range(0, total, size)):
-        rows = latent[:, start : start + size].to(work)
-        c, s = cos[: rows.shape[1]], sin[: rows.shape[1]]
-        still, real, imag = rows.split(parts, dim=-1)
-        real, imag = torch.addcmul(real * c, imag, s, value=-1), torch.addcmul(imag * c, real, s)
-        turned = rotate(tail, rest[0][chunk], rest[1][chunk]).flatten(1, 2).chunk(2, dim=-1)
-        # Summed as scores: joined as keys, the parts would be written once more.
-        score = torch.bmm(free, still.transpose(1, 2))
-        score = torch.baddbmm(score, turned[0], real.transpose(1, 2))
-        score = torch.baddbmm(score, turned[1], imag.transpose(1, 2))
-        scores[..., start : start + size] = score
-    return scores

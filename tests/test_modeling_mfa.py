@@ -18,7 +18,6 @@ from rehead.modeling import (
     Qwen2MFAConfig,
     rope_slots,
 )
-from rehead.modeling import mfa as mfa_module
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.MFA_FORMS)
 
@@ -119,7 +118,7 @@ def test_cached_steps_equal_the_full_forward(
     assert steps() < 1e-5
     tiny.absorb(monkeypatch, MFAAttention, False)
     assert steps() < 1e-5
-    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 3)
+    monkeypatch.setattr(rope_slots, "GPU_CHUNK", 3)
     tiny.absorb(monkeypatch, MFAAttention, True)
     assert steps() < 1e-5
 
@@ -142,9 +141,9 @@ def test_wrong_slot_shows(ids, monkeypatch):
     """The twin of the two tests above: a query one slot off must fail their tolerance."""
     model, ones = tiny.mfa(form="mfa_kr"), torch.ones_like(ids)
     want = model(ids, use_cache=False).logits
-    right = rope_slots.shared_key_scores
+    right = MFAAttention._query_of_read_keys
     monkeypatch.setattr(
-        mfa_module, "shared_key_scores", lambda *args: right(*args[:3], args[3] + 1, args[4])
+        MFAAttention, "_query_of_read_keys", lambda self, q, s, a: right(self, q, s + 1, a)
     )
     assert error(step_by_step(model, ids, ones, 17, [1] * 3), want) > 1e-2
 
@@ -153,7 +152,6 @@ def test_wrong_slot_shows(ids, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_decode_step_forms_nothing_as_large_as_the_cache(form, implementation, monkeypatch):
-    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 64)
     model = tiny.mfa(form=form)
     model.set_attn_implementation(implementation)
     attn, length = model.model.layers[0].self_attn, 1000
@@ -163,13 +161,14 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, implementation, m
     rope = model.model.rotary_emb(x, torch.tensor([[length - 1]]))
     with tiny.Largest() as absorbed:
         attn(x, rope, None, full)
-    # The scores, heads * length, are all there is.
-    assert absorbed.numel <= 2 * 4 * length < rows.numel()
-    if form == "mfa_kr" or implementation == "eager":
+    # The scores, heads * length, are all there is; of rows that turn, every row once more.
+    most = rows.numel() if form == "mfa_kr" else 2 * 4 * length
+    assert absorbed.numel <= most <= rows.numel()
+    if implementation == "eager":
         tiny.absorb(monkeypatch, MFAAttention, False)
         with tiny.Largest() as expanded:
             attn(x, rope, None, full)
-        assert rows.numel() <= expanded.numel
+        assert most < expanded.numel
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -228,7 +227,6 @@ def test_decode_takes_heads_as_rows_and_training_does_not(form, ids, monkeypatch
 
     spy(MFAAttention, "_attend")
     spy(MFAAttention, "_attend_as_rows")
-    spy(mfa_module, "shared_key_scores")
     model = tiny.mfa(form=form)
 
     def taken(context, ids, cache=None):
@@ -237,7 +235,7 @@ def test_decode_takes_heads_as_rows_and_training_does_not(form, ids, monkeypatch
             out = model(ids, past_key_values=copy.deepcopy(cache))
         return set(calls), out.past_key_values
 
-    rows = {"_attend_as_rows" if form == "mfa" else "shared_key_scores"}
+    rows = {"_attend_as_rows"}
     prefill, cache = taken(torch.no_grad(), ids)
     assert prefill == {"_attend"}
     for context in (torch.no_grad, torch.inference_mode):
