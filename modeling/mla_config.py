@@ -51,6 +51,14 @@ class MLAConfigMixin(ConvertedConfigMixin):
     kv_a_bias: bool = False
     kv_b_bias: bool = False
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.rope_on_read and self.qk_rope_head_dim:
+            # The rotated key's rows of kv_b_proj are every head's: the attention is not split.
+            place = f".{self.attention_name}."
+            plan = self.base_model_tp_plan or {}
+            self.base_model_tp_plan = {k: v for k, v in plan.items() if place not in k}
+
     @property
     def qk_head_dim(self) -> int:
         """Width of a query head; having it tells transformers that keys and values differ."""

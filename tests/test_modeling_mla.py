@@ -375,3 +375,11 @@ def test_config_defaults_and_plans():
     assert "layers.*.self_attn.k_proj" not in plan
     names = {name.rpartition(".")[0] for name in MLAAttention(config, 0).state_dict()}
     assert names == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+def test_rotated_key_in_kv_b_proj_keeps_attention_whole_under_tensor_parallelism():
+    config = LlamaMLAConfig(rope_on_read=True, head_dim=128)
+    assert not any("self_attn" in name for name in config.base_model_tp_plan)
+    assert config.base_model_tp_plan["layers.*.mlp.down_proj"] == "rowwise"
+    assert "base_model_tp_plan" not in config.to_dict()
+    assert "layers.*.self_attn.kv_b_proj" in LlamaMLAConfig().base_model_tp_plan
