@@ -55,9 +55,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
         super().__post_init__(**kwargs)
         if self.rope_on_read and self.qk_rope_head_dim:
             # The rotated key's rows of kv_b_proj are every head's: the attention is not split.
-            place = f".{self.attention_name}."
-            plan = self.base_model_tp_plan or {}
-            self.base_model_tp_plan = {k: v for k, v in plan.items() if place not in k}
+            self.base_model_tp_plan: dict[str, str] | None = {
+                name: split
+                for name, split in (type(self).base_model_tp_plan or {}).items()
+                if f".{self.attention_name}." not in name
+            }
 
     @property
     def qk_head_dim(self) -> int:
