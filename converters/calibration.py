@@ -223,18 +223,19 @@ def query_gradients(
 
 
 def before_norm(
-    gradients: Float[Tensor, "*batch E"],
-    z: Float[Tensor, "*batch E"],
-    weight: Float[Tensor, " E"],
+    gradients: Float[Tensor, "*batch H E"],
+    z: Float[Tensor, "*batch H E"],
+    weight: Float[Tensor, " E"] | Float[Tensor, "H E"],
     eps: float,
-) -> Float[Tensor, "*batch E"]:
+) -> Float[Tensor, "*batch H E"]:
     """Gradients with respect to z, from those with respect to z / rms(z) * weight.
 
     Along z itself nothing changes but by eps: the norm has taken z's length away.
     """
-    inverse = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+    dims = tuple(range(-weight.dim(), 0))  # of a head, or of all of them
+    inverse = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
     weighed = gradients * weight
-    along = (weighed * z).mean(-1, keepdim=True) * inverse.square()
+    along = (weighed * z).mean(dims, keepdim=True) * inverse.square()
     return (weighed - z * along) * inverse
 
 

@@ -75,8 +75,8 @@ class MLA:
     kv_a_bias: Float[Tensor, " A"] | None = None
     kv_b_bias: Float[Tensor, "G B"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
-    q_norm: Float[Tensor, " E"] | None = None
-    k_norm: Float[Tensor, " E"] | None = None
+    q_norm: Float[Tensor, " E"] | Float[Tensor, "H E"] | None = None
+    k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
 
     @property
@@ -174,8 +174,8 @@ class MLA:
             "kv_b_proj.bias": _append(_flat(self.kv_b_bias), self.k_rope_bias),
             "o_proj.weight": self.o.flatten(1),
             "o_proj.bias": self.o_bias,
-            "q_norm.weight": self.q_norm,
-            "k_norm.weight": self.k_norm,
+            "q_norm.weight": None if self.q_norm is None else self.q_norm.flatten(),
+            "k_norm.weight": None if self.k_norm is None else self.k_norm.flatten(),
         }
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 

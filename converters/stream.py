@@ -91,7 +91,7 @@ class LayerStream:
         module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
         x, y = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
         weights = self.hidden.new_empty(self.tokens.shape)
-        parallel = self.family.parallel(self.source.config)
+        parallel, post_norm = self.family.parallel(self.source.config), self.family.post_norm
         seen: list[tuple[Tensor, Tensor]] = []
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
@@ -110,9 +110,13 @@ class LayerStream:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
                     out = module(batch, **given)
                 out = (out[0] if isinstance(out, tuple) else out).cpu()
-                x[rows], y[rows] = seen.pop()
-                stream = out if parallel else self.hidden[rows] + y[rows]
-                weights[rows] = 1 / stream.square().sum(-1).clamp_min(1e-12)
+                x[rows], does = seen.pop()
+                y[rows] = does
+                added = does if post_norm is None else module.get_submodule(post_norm)(does)
+                stream = out if parallel else self.hidden[rows] + added.cpu()
+                # A norm in between does to an error what it does to y.
+                before, after = (_energy(z).cpu() for z in (does, added))
+                weights[rows] = after / before / _energy(stream)
                 self.hidden[rows] = out
         finally:
             handle.remove()
@@ -191,3 +195,7 @@ class LayerStream:
                 for expert in range(shape[0])
             ]
         )
+
+
+def _energy(x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T"]:
+    return x.square().sum(-1).clamp_min(1e-12)

@@ -220,7 +220,7 @@ class MLATarget(Target):
             q_lora_rank=self.recipe.q_lora_rank,
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
-            qk_norm=self.qk_norm,
+            qk_norm=bool(self.qk_norm),
             architectures=[causal_lm.__name__],
         )
 

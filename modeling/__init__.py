@@ -28,6 +28,7 @@ FAMILIES = {
     "seed_oss": "SeedOss",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe",
+    "olmo2": "Olmo2",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

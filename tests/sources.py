@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     OPTConfig,
@@ -82,6 +84,7 @@ FAMILIES = {
         Qwen3MoeForCausalLM,
         GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, GROUPED),
 }
 # What a family's other checkpoints have: case -> family, fields.
 VARIANTS = {
@@ -90,6 +93,7 @@ VARIANTS = {
     "gpt_neox, plain": ("gpt_neox", dict(attention_bias=False, use_parallel_residual=False)),
     "olmo, biases": ("olmo", dict(attention_bias=True)),
     "qwen3, biases": ("qwen3", dict(attention_bias=True)),
+    "olmo2, biases": ("olmo2", dict(attention_bias=True)),
     "opt, norm after": ("opt", dict(do_layer_norm_before=False)),
 }
 # Llama, Mistral and Qwen2 have tests of their own beside the ones for all.

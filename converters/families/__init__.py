@@ -114,15 +114,16 @@ FAMILIES = {
             refuse=_opt,
         ),
         Family("seed_oss", llama_decoder=True),
-        Family("qwen3", qk_norm=True, refuse=_sliding_window),
-        Family("qwen3_moe", qk_norm=True, experts=_QWEN_EXPERTS, refuse=_sliding_window),
+        Family("qwen3", qk_norm="head", refuse=_sliding_window),
+        Family("qwen3_moe", qk_norm="head", experts=_QWEN_EXPERTS, refuse=_sliding_window),
+        Family("olmo2", qk_norm="all", post_norm="post_attention_layernorm"),
     )
 }
 
 _LATENT = "has multi-head latent attention already, and a cache that small"
 _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
-_NORM = "normalises queries and keys otherwise than Qwen3 does, which is not supported yet"
+_NORM = "normalises queries and keys in a way that is not supported yet"
 _WINDOWS = "slides a window in some layers and not in others, which is not supported yet"
 _ALIBI = "adds biases by distance to its scores (ALiBi), which is not supported yet"
 
@@ -136,7 +137,7 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo hunyuan_v1_dense olmo2 olmo3 olmoe",
+        _NORM: "flex_olmo hunyuan_v1_dense olmo3 olmoe",
         _WINDOWS: "cohere2 gemma2 gemma3 gemma3_text",
         _ALIBI: "bloom mpt",
     }.items()

@@ -54,10 +54,11 @@ class Family:
         buffers: tensors of the attention module that no weight is lost with.
         rotary: which part of a head is rotated: the "whole", the part that the config says
             ("partial"), or "none".
-        qk_norm: an RMS norm of each head's query and key, before their rotation, of families that
-            rotate whole heads.
+        qk_norm: an RMS norm of queries and of keys before their rotation, of each "head" by itself
+            or of "all" together, in families that rotate whole heads; None for none.
         positions: the table of learned positions; the first is the one in row `first_position`.
         embed_scale: what embeddings are multiplied with.
+        post_norm: path, in a layer, of the norm between attention and the residual stream.
         parallel: whether the MLP's output joins the residual stream together with attention's.
         experts: of a mixture of experts.
         llama_decoder: all but the attention is Llama's, so that other models' classes can hold it.
@@ -76,10 +77,11 @@ class Family:
     transposed: bool = False
     buffers: frozenset[str] = frozenset({"rotary_emb.inv_freq"})
     rotary: Literal["whole", "partial", "none"] = "whole"
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
     positions: str | None = None
     first_position: int = 0
     embed_scale: Callable[[PretrainedConfig], float] = field(default=lambda config: 1.0)
+    post_norm: str | None = None
     parallel: Callable[[PretrainedConfig], bool] = field(default=lambda config: False)
     experts: Experts | None = None
     llama_decoder: bool = False
@@ -125,7 +127,11 @@ class Family:
         o, o_bias = (self._pop(left, self.o, kind) for kind in ("weight", "bias"))
         norms: dict[str, Any] = {}
         if self.qk_norm:
-            norms = {name: self._pop(left, name, "weight") for name in ("q_norm", "k_norm")}
+            counts = {"q_norm": config.num_attention_heads, "k_norm": kv_heads(config)}
+            for name, count in counts.items():
+                weight = self._pop(left, name, "weight")
+                assert weight is not None
+                norms[name] = weight.unflatten(0, (count, -1)) if self.qk_norm == "all" else weight
             norms["norm_eps"] = config.rms_norm_eps
         if left:
             raise InputError(
@@ -170,7 +176,9 @@ class Family:
             else:
                 found[f"{self.fused}.{kind}"] = self._fuse(list(rows.values()))
         found[f"{self.o}.weight"], found[f"{self.o}.bias"] = maps.o.flatten(1), maps.o_bias
-        found |= {f"{name}.weight": getattr(maps, name) for name in ("q_norm", "k_norm")}
+        for name in ("q_norm", "k_norm"):
+            weight = getattr(maps, name)
+            found[f"{name}.weight"] = None if weight is None else weight.flatten()
         return {
             name: self._stored(tensor) if tensor.dim() == 2 else tensor
             for name, tensor in found.items()
