@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -34,6 +34,7 @@ class AttentionMaps:
         q_norm, k_norm: weights of an RMS norm of queries or keys, after their bias and before their
             rotation: of each head by itself, or [heads, E], of all heads together; None for none.
         norm_eps: what is added to the mean square there.
+        window: how many keys a query reads, its own and those before it; None for all.
     """
 
     q: Float[Tensor, "H E D"]
@@ -49,6 +50,7 @@ class AttentionMaps:
     q_norm: Float[Tensor, " E"] | Float[Tensor, "H E"] | None = None
     k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         heads, width, hidden = self.q.shape
@@ -119,6 +121,15 @@ class AttentionMaps:
         return replace(self, **moved)
 
 
+def visible(
+    window: int | None, start: int, stop: int, device: torch.device | None = None
+) -> Bool[Tensor, "B S"]:
+    """Which of the keys 0 to stop - 1 each of the queries start to stop - 1 reads."""
+    positions = torch.arange(stop, device=device)
+    lag = positions[start:, None] - positions
+    return (lag >= 0) & (lag < (stop if window is None else window))
+
+
 def project(
     x: Float[Tensor, "*batch D"],
     weight: Float[Tensor, "H E D"],
@@ -182,7 +193,7 @@ def reference_attention(
     if positions is None:
         positions = torch.arange(length, dtype=x.dtype)
     angles = positions[:, None] * maps.inv_freq
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    unseen = ~visible(maps.window, 0, length)
     y = torch.zeros(length, maps.hidden, dtype=x.dtype)
     if maps.o_bias is not None:
         y = y + maps.o_bias
@@ -199,7 +210,7 @@ def reference_attention(
         if maps.v_bias is not None:
             v = v + maps.v_bias[g]
         scores = rotate(queries[:, h], angles) @ rotate(keys[:, g], angles).T * maps.scaling
-        y = y + scores.masked_fill(future, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
+        y = y + scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
     return y
 
 
@@ -222,7 +233,10 @@ def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor
         v = torch.nn.functional.pad(v, (0, width))
     elif width < 0:
         q, k = (torch.nn.functional.pad(z, (0, -width)) for z in (q, k))
+    length = x.shape[1]
+    slides = maps.window is not None and maps.window < length
+    mask = visible(maps.window, 0, length, x.device) if slides else None
     heads = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=maps.scaling, enable_gqa=maps.repeats > 1
+        q, k, v, mask, is_causal=mask is None, scale=maps.scaling, enable_gqa=maps.repeats > 1
     )
     return heads[..., : maps.v_dim].transpose(1, 2)

@@ -77,16 +77,6 @@ class ConvertedConfigMixin(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}."
             )
-        if getattr(self, "sliding_window", None):
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is in use, but {self.form_name} layers "
-                "attend to every token. Use a source without a sliding window."
-            )
-        if "sliding_attention" in (getattr(self, "layer_types", None) or []):
-            raise ValueError(
-                f"layer_types holds sliding_attention layers, but {self.form_name} layers attend "
-                "to every token. Use a source without sliding windows."
-            )
         rope = getattr(self, "rope_parameters", None) or {}
         if not self.partial_rotary and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(

@@ -104,6 +104,8 @@ class MLAAttention(ConvertedAttention):
                 slots = torch.arange(length, device=hidden_states.device) + seen
             # The latent serves keys and values alike, so the cache's values stay empty.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            if slots is not None:
+                slots = self._slots_in(cached, slots)
         if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
             output, weights = self._absorbed(
                 query, cached, attention_mask, slots, position_embeddings[2]

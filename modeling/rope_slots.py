@@ -80,7 +80,9 @@ def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
     They are those of this forward pass, where the RoPE type lets them change with the length. Where
     a part of the head is rotated, the other pairs follow with frequency 0.
     """
-    (cos, sin), inv_freq, scaling = output, rotary.inv_freq, rotary.attention_scaling
+    kind = f"{args[2]}_" if len(args) > 2 else ""  # of layer, where each has its own
+    cos, sin = output
+    inv_freq, scaling = (getattr(rotary, kind + x) for x in ("inv_freq", "attention_scaling"))
     still = rotary.config.head_dim // 2 - len(inv_freq)
     if still:
         inv_freq = nn.functional.pad(inv_freq, (0, still))

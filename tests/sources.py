@@ -48,6 +48,8 @@ PART_LONG = dict(
     | dict(partial_rotary_factor=0.5, short_factor=[1.0, 1.2], long_factor=[2.0, 3.0]),
     original_max_position_embeddings=32,
 )
+# The second of two layers has a window.
+LAST_SLIDES = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
 # A KV head for every query head: these configs know no other.
 MULTI = {k: v for k, v in GROUPED.items() if k not in ("num_key_value_heads", "head_dim")}
 NO_ROPE = {k: v for k, v in MULTI.items() if k != "rope_parameters"}
@@ -94,6 +96,10 @@ VARIANTS = {
     "olmo, biases": ("olmo", dict(attention_bias=True)),
     "qwen3, biases": ("qwen3", dict(attention_bias=True)),
     "olmo2, biases": ("olmo2", dict(attention_bias=True)),
+    "mistral, sliding": ("mistral", dict(sliding_window=16)),
+    "qwen2, sliding": ("qwen2", LAST_SLIDES),
+    "phi3, sliding": ("phi3", dict(sliding_window=16)),
+    "qwen3, sliding": ("qwen3", LAST_SLIDES),
     "opt, norm after": ("opt", dict(do_layer_norm_before=False)),
 }
 # Llama, Mistral and Qwen2 have tests of their own beside the ones for all.
