@@ -29,6 +29,8 @@ FAMILIES = {
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe",
     "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "gemma3_text": "Gemma3",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

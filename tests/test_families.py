@@ -128,6 +128,9 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
     if family.head_by_head:
         monkeypatch.setitem(FAMILIES, family.model_type, replace(family, head_by_head=False))
         wrong["fused"] = read(model)
+    if family.norms_from:
+        monkeypatch.setitem(FAMILIES, family.model_type, replace(family, norms_from=0.0))
+        wrong["norms"] = read(model)
     for name, twin in wrong.items():
         assert distance(twin) > 1e-2, name
 
@@ -491,6 +494,7 @@ def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path
         ("bert", "no causal decoder"),
         ("olmoe", "normalises queries and keys"),
         ("gemma2", "caps its scores"),
+        ("gemma3", "reads images too"),
         ("bloom", "ALiBi"),
     ],
 )

@@ -65,6 +65,7 @@ def _opt(config: PretrainedConfig) -> str | None:
 _QWEN_EXPERTS = Experts(
     "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 )
+_BOTH_WAYS = _any(use_bidirectional_attention="attends to later tokens")
 _QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
 
 FAMILIES = {
@@ -103,7 +104,7 @@ FAMILIES = {
         Family(
             "gemma",
             embed_scale=lambda config: config.hidden_size**0.5,
-            refuse=_any(use_bidirectional_attention="attends to later tokens"),
+            refuse=_BOTH_WAYS,
         ),
         Family(
             "gpt2",
@@ -130,6 +131,16 @@ FAMILIES = {
         Family("qwen3", qk_norm="head"),
         Family("qwen3_moe", qk_norm="head", experts=_QWEN_EXPERTS),
         Family("olmo2", qk_norm="all", post_norm="post_attention_layernorm"),
+        Family("olmo3", qk_norm="all", post_norm="post_attention_layernorm"),
+        Family(
+            "gemma3_text",
+            qk_norm="head",
+            norms_from=1.0,
+            scale=lambda config: config.query_pre_attn_scalar**-0.5,
+            embed_scale=lambda config: config.hidden_size**0.5,
+            post_norm="post_attention_layernorm",
+            refuse=_BOTH_WAYS,
+        ),
     )
 }
 
@@ -138,6 +149,7 @@ _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no c
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
 _NORM = "normalises queries and keys in a way that is not supported yet"
 _CAPPED = "caps its scores or mixes kinds of layers in a way that is not supported yet"
+_IMAGES = "reads images too (its language model alone, gemma3_text, is supported)"
 _ALIBI = "adds biases by distance to its scores (ALiBi), which is not supported yet"
 
 # Model types that are known and not converted, and why.
@@ -150,8 +162,9 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo hunyuan_v1_dense olmo3 olmoe",
-        _CAPPED: "cohere2 gemma2 gemma3 gemma3_text",
+        _NORM: "flex_olmo hunyuan_v1_dense olmoe",
+        _CAPPED: "cohere2 gemma2",
+        _IMAGES: "gemma3",
         _ALIBI: "bloom mpt",
     }.items()
     for model_type in model_types.split()
