@@ -31,6 +31,8 @@ FAMILIES = {
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
     "gemma3_text": "Gemma3",
+    "olmoe": "Olmoe",
+    "starcoder2": "Starcoder2",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

@@ -23,6 +23,8 @@ from transformers import (
     Olmo3Config,
     Olmo3ForCausalLM,
     OlmoConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
@@ -42,6 +44,8 @@ from transformers import (
     SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 GROUPED = tiny.BASE | folders.MODEL_FIELDS | dict(rope_parameters=tiny.ROPE_TYPES["default"])
@@ -105,6 +109,16 @@ FAMILIES = {
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         GROUPED | MIXED | dict(query_pre_attn_scalar=12),
+    ),
+    "olmoe": (
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        GROUPED | dict(num_experts=4, num_experts_per_tok=2),
+    ),
+    "starcoder2": (
+        Starcoder2Config,
+        Starcoder2ForCausalLM,
+        GROUPED | dict(use_bias=True, sliding_window=16),
     ),
 }
 # What a family's other checkpoints have: case -> family, fields.

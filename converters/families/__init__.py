@@ -65,6 +65,7 @@ def _opt(config: PretrainedConfig) -> str | None:
 _QWEN_EXPERTS = Experts(
     "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 )
+_CLIPPED = _any(clip_qkv="clips queries, keys and values (clip_qkv)")
 _BOTH_WAYS = _any(use_bidirectional_attention="attends to later tokens")
 _QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
 
@@ -100,7 +101,7 @@ FAMILIES = {
             rotary="partial",
             parallel=lambda config: config.use_parallel_residual,
         ),
-        Family("olmo", refuse=_any(clip_qkv="clips queries, keys and values (clip_qkv)")),
+        Family("olmo", refuse=_CLIPPED),
         Family(
             "gemma",
             embed_scale=lambda config: config.hidden_size**0.5,
@@ -141,6 +142,8 @@ FAMILIES = {
             post_norm="post_attention_layernorm",
             refuse=_BOTH_WAYS,
         ),
+        Family("olmoe", qk_norm="all", experts=_QWEN_EXPERTS, refuse=_CLIPPED),
+        Family("starcoder2"),
     )
 }
 
@@ -162,7 +165,7 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo hunyuan_v1_dense olmoe",
+        _NORM: "flex_olmo hunyuan_v1_dense",
         _CAPPED: "cohere2 gemma2",
         _IMAGES: "gemma3",
         _ALIBI: "bloom mpt",
