@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import positions_of, step_by_step
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
+from rehead.cli import inspect
 from rehead.converters import InputError, convert, families
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES, REFUSED, family_of
@@ -446,6 +447,13 @@ def test_what_is_offered_is_what_a_family_can_have(family):
     config_class, _, given = sources.FAMILIES[family]
     offered = {offer.form for offer in offers(config_class(**given)) if not offer.refused}
     assert offered == ({"mla"} if family in NORMED else {"mla", "mfa", "mfa-kr", "gqa", "mqa"})
+
+
+@pytest.mark.parametrize("family", ["qwen3", "stablelm"])
+def test_what_inspect_recommends_can_be_had(family, saved):
+    found = inspect._inspect(str(saved(family)[0]))
+    on_read = "--rope on-read" in found["recommended"]
+    assert on_read == (family in NORMED)
 
 
 UNSUPPORTED = [
