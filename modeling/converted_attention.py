@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .rope_slots import rotate, side_by_side
+from .rope_slots import rotate
 
 # Position embeddings where layers are given none.
 NO_ROPE: Any = (None, None, None)
@@ -63,14 +63,11 @@ class ConvertedAttention(nn.Module):
         last = torch.arange(total - len(slots), total, device=slots.device)
         return torch.minimum(slots, last)
 
-    def _query_of_read_keys(self, query, slots, angles):
-        """Queries [B, H, T, k] turned at `slots` [T], in the layout of keys turned when read."""
+    def _turned_at(self, query, slots, angles):
+        """Queries [B, H, T, k] for keys that are turned when read, turned at their `slots` [T]."""
         # The factor of RoPE types such as YaRN stands on both sides of a score.
         cos, sin = (x * angles.score_scaling for x in self._select(angles.at(slots)))
-        still, turning = self._rotate_tail(query, cos, sin).tensor_split(
-            [query.shape[-1] - self.qk_rope_head_dim], dim=-1
-        )
-        return torch.cat((still, side_by_side(turning)), dim=-1)
+        return self._rotate_tail(query, cos, sin)
 
     def _attend(self, query, key, value, mask, scaling, **kwargs):
         """Attention [B, T, H, v], and its weights where they were made, as the config has it."""

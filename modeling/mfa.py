@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, with_turned_tail
+from .rope_slots import SlotAngles, side_by_side, with_turned_tail
 
 
 class MFAAttention(ConvertedAttention):
@@ -111,7 +111,9 @@ class MFAAttention(ConvertedAttention):
         absorb = self._can_absorb(query.shape[2], latent, mask)
         key = latent
         if self.qk_rope_head_dim:
-            query = self._query_of_read_keys(query, slots, angles)
+            free = self.mfa_head_dim - self.qk_rope_head_dim
+            query = self._turned_at(query, slots, angles)
+            query = torch.cat((query[..., :free], side_by_side(query[..., free:])), dim=-1)
             key = with_turned_tail(latent, self.rope_index, angles)
         if absorb:
             mixed, weights = self._attend_as_rows(query, key, latent, mask)

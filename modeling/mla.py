@@ -10,7 +10,8 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, rotate, slot_scores, with_rope_key
+from .read_kernel import kernel_read, kernel_serves
+from .rope_slots import SlotAngles, rotate, side_by_side, slot_scores, with_rope_key
 
 
 class MLAAttention(ConvertedAttention):
@@ -205,16 +206,26 @@ class MLAAttention(ConvertedAttention):
             weights = self._softmax(scores, mask, query.dtype)
             mixed = self._mix(weights, cached)
         else:
-            if self.config.rope_on_read:
-                query = self._query_of_read_keys(query, slots, angles)
-                cached = with_rope_key(cached, rope_weight, rope_bias, self.rope_index, angles)
+            on_read = self.config.rope_on_read
+            if on_read:
+                query = self._turned_at(query, slots, angles)
             # The keys' bias adds the same to all scores of a query, which softmax cannot see.
             free = query[..., :n].unflatten(1, (groups, -1))
-            free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n])
-            query = torch.cat((free.flatten(1, 2), query[..., n:]), dim=-1)
-            # The whole row is the value too: equal widths take the fused kernel, and the excess is
-            # cut off.
-            mixed, weights = self._attend_as_rows(query, cached, cached, mask)
+            free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n]).flatten(1, 2)
+            tail = query[..., n:]
+            if on_read and kernel_serves(self.config._attn_implementation, query):
+                mixed, weights = kernel_read(
+                    free, tail, cached, rope_weight, rope_bias, mask,
+                    self.rope_index, angles, self.scaling,
+                ), None  # fmt: skip
+            else:
+                if on_read:
+                    tail = side_by_side(tail)
+                    cached = with_rope_key(cached, rope_weight, rope_bias, self.rope_index, angles)
+                # The whole row is the value too: equal widths take the fused kernel, and the excess
+                # is cut off.
+                query = torch.cat((free, tail), dim=-1)
+                mixed, weights = self._attend_as_rows(query, cached, cached, mask)
             mixed = mixed[..., :r]
         output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), weight[:, n:])
         if bias is not None:

@@ -59,9 +59,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
         if self.norm_all_heads or (self.rope_on_read and self.qk_rope_head_dim):
             # The norm's mean, or the rotated key's rows of kv_b_proj, are every head's: the
             # attention is not split.
-            place = f".{self.attention_name}."
-            plan: dict[str, str] = getattr(self, "base_model_tp_plan", None) or {}
-            self.base_model_tp_plan = {k: v for k, v in plan.items() if place not in k}
+            self.base_model_tp_plan: dict[str, str] | None = {
+                name: split
+                for name, split in (type(self).base_model_tp_plan or {}).items()
+                if f".{self.attention_name}." not in name
+            }
 
     @property
     def qk_head_dim(self) -> int:

@@ -21,6 +21,8 @@ class SlotAngles:
     the cache whatever the padding to their left, so the slot serves as position.
     """
 
+    STEP = 256
+
     def __init__(self, inv_freq: torch.Tensor, attention_scaling: float):
         self.inv_freq = inv_freq
         # RoPE types such as YaRN multiply both the query and the key by it.
@@ -52,17 +54,24 @@ class SlotAngles:
         sin = (sin_o * cos_i + cos_o * sin_i).flatten(0, 1)[:length]
         return cos, sin
 
+    def short_tables(self, length: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """exp(i angle) at every STEP-th slot before `length`, and at 0 to STEP - 1, each [..., n].
+
+        Of the n frequencies `index`; slot STEP a + b has the product of rows a and b.
+        """
+        key = (length, index.device, "steps")
+        if key not in self._tables:
+            slots = torch.arange(0, length, self.STEP), torch.arange(self.STEP)
+            self._tables[key] = [torch.complex(*self.at(part.to(index.device))) for part in slots]
+        outer, inner = (table.index_select(-1, index) for table in self._tables[key])
+        return outer, inner
+
     def selected_phases(self, length: int, index: torch.Tensor) -> torch.Tensor:
         """exp(i angle) [length, n] at slots 0 to length - 1, of the n frequencies `index`.
 
-        From two short tables: to pick n columns of a long one takes longer than to multiply them.
+        To pick n columns of one long table takes longer than to multiply two short ones.
         """
-        step, device = 256, index.device
-        key = (length, device, "steps")
-        if key not in self._tables:
-            slots = torch.arange(0, length, step, device=device), torch.arange(step, device=device)
-            self._tables[key] = [torch.complex(*self.at(part)) for part in slots]
-        outer, inner = (table.index_select(-1, index) for table in self._tables[key])
+        outer, inner = self.short_tables(length, index)
         return (outer[:, None] * inner).flatten(0, 1)[:length]
 
     def phases(self, length: int, groups: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,10 @@
 """Fixtures that several files share."""
 
+import os
 import shutil
+
+# Before Triton reads it: its kernels run in its interpreter, on any machine.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import folders
 import pytest

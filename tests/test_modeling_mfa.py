@@ -139,10 +139,8 @@ def test_wrong_slot_shows(ids, monkeypatch):
     """The twin of the two tests above: a query one slot off must fail their tolerance."""
     model, ones = tiny.mfa(form="mfa_kr"), torch.ones_like(ids)
     want = model(ids, use_cache=False).logits
-    right = MFAAttention._query_of_read_keys
-    monkeypatch.setattr(
-        MFAAttention, "_query_of_read_keys", lambda self, q, s, a: right(self, q, s + 1, a)
-    )
+    right = MFAAttention._turned_at
+    monkeypatch.setattr(MFAAttention, "_turned_at", lambda self, q, s, a: right(self, q, s + 1, a))
     assert error(step_by_step(model, ids, ones, 17, [1] * 3), want) > 1e-2
 
 

@@ -270,6 +270,7 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
         "mfa_config.py",
         "mla.py",
         "mla_config.py",
+        "read_kernel.py",
         "rope_slots.py",
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -6,9 +6,11 @@ from typing import Any
 
 from ..converters.errors import InputError
 
-# Starting values, not tuned yet: benchmarks/uptraining.py draws the curves to choose them from.
+# Chosen from the curves in docs/uptraining.md; so are two windows a step: many small ones.
 LORA_LEARNING_RATE = 1e-3
-FULL_LEARNING_RATE = 2e-4
+FULL_LEARNING_RATE = 1e-4
+# Beside the KL: the text teaches what its teacher is unsure of.
+CE_WEIGHT = 0.25
 
 # What may differ between an interrupted run and the one that resumes it: these change how the same
 # numbers are computed, not which.
@@ -36,7 +38,7 @@ class UptrainConfig:
         rank: of the adapter.
         alpha: the adapter's product is scaled by alpha / rank; None for the rank.
         dora, pissa, rslora: peft's variants (2402.09353, 2404.02948, 2312.03732).
-        ce_weight: weight of the cross-entropy beside the KL; None for 0, or 1 without a teacher.
+        ce_weight: weight of the cross-entropy beside the KL; None for 0.25, or 1 without a teacher.
         match_weight: weight of the relative squared error of each attention block's output.
         learning_rate: the peak; None for the default of adapter or full training.
         warmup: share of the steps in which the rate rises; it falls along a cosine afterwards.
@@ -50,8 +52,8 @@ class UptrainConfig:
     tokens: int = 1_000_000
     eval_text: str | None = None
     window: int = 512
-    batch: int = 8
-    micro_batch: int = 4
+    batch: int = 2
+    micro_batch: int = 2
     eval_windows: int = 16
     evaluations: int = 8
     target: str = "attention"
@@ -103,7 +105,7 @@ class UptrainConfig:
             self,
             teacher=teacher,
             alpha=float(self.rank) if self.alpha is None else self.alpha,
-            ce_weight=float(alone) if self.ce_weight is None else self.ce_weight,
+            ce_weight=(1.0 if alone else CE_WEIGHT) if self.ce_weight is None else self.ce_weight,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
             dtype=self.dtype or dtype,
         )

@@ -1,0 +1,95 @@
+"""The Triton kernel that reads a latent, in its interpreter, against keys that are formed."""
+
+import pytest
+import tiny
+import torch
+from tiny import error, step_by_step
+
+from rehead.modeling import mla as mla_module
+from rehead.modeling import read_kernel
+from rehead.modeling.rope_slots import SlotAngles, side_by_side, with_rope_key
+
+pytest.importorskip("triton")
+
+BATCH, HEADS, RANK, SLOTS, SCALING = 2, 3, 21, 300, 0.3
+INDEX = torch.tensor([0, 2, 2, 5, 7])
+
+
+def inputs(dtype: torch.dtype = torch.float32):
+    """(query, tail, latent, weight, bias), with a tail of 2 n dims."""
+    make = torch.Generator().manual_seed(3)
+    tail = 2 * len(INDEX)
+    shapes = [(BATCH, HEADS, 1, RANK), (BATCH, HEADS, 1, tail), (BATCH, 1, SLOTS, RANK)]
+    shapes += [(tail, RANK), (tail,)]
+    return [torch.randn(shape, generator=make).to(dtype) for shape in shapes]
+
+
+def formed(query, tail, latent, weight, bias, mask, angles):
+    """The same by keys that are formed, and torch's attention."""
+    rows = with_rope_key(latent, weight, bias, INDEX, angles)
+    return torch.nn.functional.scaled_dot_product_attention(
+        torch.cat((query, side_by_side(tail)), dim=-1),
+        rows.expand(-1, HEADS, -1, -1),
+        latent.expand(-1, HEADS, -1, -1),
+        attn_mask=mask,
+        scale=SCALING,
+    )
+
+
+@pytest.fixture
+def angles():
+    return SlotAngles(100.0 ** (-torch.arange(8) / 8), 1.0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["all", "boolean", "additive"])
+@torch.no_grad()
+def test_kernel_equals_formed_keys(kind, biased, angles, monkeypatch):
+    """Over several blocks to a program, several programs, and a period of the angles' tables."""
+    monkeypatch.setattr(read_kernel, "SPLITS", 2)
+    query, tail, latent, weight, bias = inputs()
+    bias = bias if biased else None
+    mask = torch.ones(BATCH, 1, 1, SLOTS, dtype=torch.bool)
+    mask[0, ..., :200] = False  # a program that sees nothing at all
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    mask = None if kind == "all" else mask
+    got = read_kernel.kernel_read(query, tail, latent, weight, bias, mask, INDEX, angles, SCALING)
+    assert error(got, formed(query, tail, latent, weight, bias, mask, angles)) < 1e-5
+    # The twin: keys turned with each other's frequencies must fail it.
+    wrong = read_kernel.kernel_read(
+        query, tail, latent, weight, bias, mask, INDEX.flip(0), angles, SCALING
+    )
+    assert error(wrong, got) > 1e-2
+
+
+@torch.no_grad()
+def test_kernel_in_half_precision_errs_no_more_than_formed_keys(angles):
+    # In float16: the interpreter has no products of bfloat16.
+    exact = formed(*inputs(), None, angles)
+    narrow = inputs(torch.float16)
+    got = read_kernel.kernel_read(*narrow, None, INDEX, angles, SCALING)
+    assert got.dtype == torch.float16
+    theirs = error(formed(*narrow, None, angles).float(), exact)
+    assert error(got.float(), exact) < 2 * theirs
+
+
+@pytest.mark.parametrize("extra", [{}, tiny.BIASES | tiny.UNEVEN["rope_read"]], ids=["", "uneven"])
+@torch.no_grad()
+def test_model_decodes_by_the_kernel(extra, ids, left_padding, monkeypatch):
+    """Asked for as an attn_implementation: left-padded steps equal the full forward."""
+    model = tiny.mla(form="rope_read", **extra)
+    real, positions = left_padding.bool(), tiny.positions_of(left_padding)
+    want = model(ids, attention_mask=left_padding, position_ids=positions, use_cache=False).logits
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return read_kernel.kernel_read(*args)
+
+    monkeypatch.setattr(mla_module, "kernel_read", counted)
+    model.set_attn_implementation(read_kernel.NAME)
+    got = step_by_step(model, ids, left_padding, 16, [1, 1, 2])
+    assert error(got[real], want[real]) < 1e-5
+    read = sum(model.config.layer_dims(layer)[1] > 0 for layer in range(2))
+    assert len(calls) == 2 * read
