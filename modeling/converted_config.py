@@ -9,8 +9,10 @@ class ConvertedConfigMixin(PreTrainedConfig):
     """Fields that turn a family's config into one of a converted form, and their checks.
 
     `head_dim`, `rope_parameters` and `num_key_value_heads` stay those of the source model: scores
-    are scaled by `head_dim ** -0.5`, and `rope_pairs` points into the source's frequencies. A width
-    that differs between layers has a list `<name>_per_layer`, and `<name>` is then the largest.
+    are scaled by `head_dim ** -0.5` (by `query_pre_attn_scalar ** -0.5` in families that have it),
+    and `rope_pairs` points into the source's frequencies, those of the layer's kind where kinds
+    differ. Windows (`sliding_window`, `layer_types`) stay too. A width that differs between layers
+    has a list `<name>_per_layer`, and `<name>` is then the largest.
     """
 
     form_name: ClassVar[str] = ""
