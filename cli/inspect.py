@@ -108,7 +108,9 @@ def _contexts(weights: int, per_token: int) -> list[dict[str, int]]:
 
 
 def _recommended(model: str, found: dict[str, Any]) -> str:
-    command = f"convert --to mla {model} --kv-budget"
+    ropes = {o["rope"] for o in found["forms"] if o["form"] == "mla" and not o["refused"]}
+    rope = "" if "decoupled" in ropes else " --rope on-read"
+    command = f"convert --to mla{rope} {model} --kv-budget"
     if found["num_key_value_heads"] == found["num_attention_heads"]:
         return f"{command} 25%  (a KV head for every query head has much to spare)"
     return f"{command} 50%  (query heads share KV heads already, so there is less to spare)"

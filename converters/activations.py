@@ -18,7 +18,8 @@ class Activations:
         y: what it adds to the residual stream.
         weights: 1 / |h|^2 of the residual stream h that y has been added to. The next norm divides
             by |h|, so this is how much an error in y matters; and attention sinks, whose stream is
-            enormous, do not drown the other tokens.
+            enormous, do not drown the other tokens. Where y itself is normalised before it is
+            added, times |norm(y)|^2 / |y|^2.
     """
 
     x: Float[Tensor, "N T D"]

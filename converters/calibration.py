@@ -21,7 +21,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from .lowrank import Factors, weighted_svd
-from .maps import AttentionMaps, position_angles, project, rotate
+from .maps import AttentionMaps, position_angles, project, rotate, visible
 
 # How far the moments follow a token's importance, between 0 (not at all) and 1 (as the Kronecker
 # fit asks, which a few tokens dominate). Chosen on held-out calibration text.
@@ -91,9 +91,9 @@ def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Iterator[Attended]:
         rows = slice(start, min(start + QUERIES_AT_ONCE, len(x)))
         block, keys = q[:, rows], k[:, : rows.stop]
         scores = block.unflatten(0, (maps.kv_heads, -1)) @ keys[:, None].mT * maps.scaling
-        size = rows.stop - start
-        future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        scores[..., start:].masked_fill_(future, -torch.inf)
+        first = start if maps.window is None else 0  # where anything is hidden
+        unseen = ~visible(maps.window, start, rows.stop, x.device)[:, first:]
+        scores[..., first:].masked_fill_(unseen, -torch.inf)
         weights = scores.softmax(-1).flatten(0, 1)
         yield Attended(rows, block, keys, v[:, : rows.stop], weights)
 
@@ -223,18 +223,19 @@ def query_gradients(
 
 
 def before_norm(
-    gradients: Float[Tensor, "*batch E"],
-    z: Float[Tensor, "*batch E"],
-    weight: Float[Tensor, " E"],
+    gradients: Float[Tensor, "*batch H E"],
+    z: Float[Tensor, "*batch H E"],
+    weight: Float[Tensor, " E"] | Float[Tensor, "H E"],
     eps: float,
-) -> Float[Tensor, "*batch E"]:
+) -> Float[Tensor, "*batch H E"]:
     """Gradients with respect to z, from those with respect to z / rms(z) * weight.
 
     Along z itself nothing changes but by eps: the norm has taken z's length away.
     """
-    inverse = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+    dims = tuple(range(-weight.dim(), 0))  # of a head, or of all of them
+    inverse = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
     weighed = gradients * weight
-    along = (weighed * z).mean(-1, keepdim=True) * inverse.square()
+    along = (weighed * z).mean(dims, keepdim=True) * inverse.square()
     return (weighed - z * along) * inverse
 
 

@@ -56,6 +56,7 @@ class GQA:
         scaling: the score multiplier, a rotary attention factor included.
         q_bias, k_bias, v_bias, o_bias: there exactly where the source has them, for a stock config
             has one flag for all.
+        window: how many keys a query reads; None for all.
     """
 
     q: Float[Tensor, "H E D"]
@@ -68,6 +69,7 @@ class GQA:
     k_bias: Float[Tensor, "K E"] | None = None
     v_bias: Float[Tensor, "K V"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    window: int | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -270,6 +272,7 @@ def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ..
         o=torch.cat(o, dim=1),
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        window=maps.window,
         q_bias=None if maps.q_bias is None else queries[..., -1],
         k_bias=None if maps.k_bias is None else keys[..., -1],
         v_bias=None if maps.v_bias is None else values[..., -1],

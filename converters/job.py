@@ -154,9 +154,9 @@ class Job:
                 save(file, (*self._fit(layer, form, seen), before - maps.inv_freq.numel()))
             form, closed, error, source_parameters = load(file)
             if self.target.stock:
-                tensors = self.family.write(form.expand(), stream.attention_factor)
+                tensors = self.family.write(form.expand(), stream.attention_factor(layer))
             else:
-                tensors = form.state_dict(stream.attention_factor**2)
+                tensors = form.state_dict(stream.attention_factor(layer) ** 2)
             for name, tensor in tensors.items():
                 name = self.family.prefix(layer) + name
                 writer.add(name, cast(name, tensor, dtype))

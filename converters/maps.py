@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -31,9 +31,10 @@ class AttentionMaps:
         scaling: what scores are multiplied with, a rotary attention factor included, so that a
             change of E cannot change the softmax.
         q_bias, k_bias, v_bias, o_bias: None for none.
-        q_norm, k_norm: weights of an RMS norm of each head's query or key, after its bias and
-            before its rotation; None for none.
+        q_norm, k_norm: weights of an RMS norm of queries or keys, after their bias and before their
+            rotation: of each head by itself, or [heads, E], of all heads together; None for none.
         norm_eps: what is added to the mean square there.
+        window: how many keys a query reads, its own and those before it; None for all.
     """
 
     q: Float[Tensor, "H E D"]
@@ -46,9 +47,10 @@ class AttentionMaps:
     k_bias: Float[Tensor, "G E"] | None = None
     v_bias: Float[Tensor, "G V"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
-    q_norm: Float[Tensor, " E"] | None = None
-    k_norm: Float[Tensor, " E"] | None = None
+    q_norm: Float[Tensor, " E"] | Float[Tensor, "H E"] | None = None
+    k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         heads, width, hidden = self.q.shape
@@ -64,13 +66,15 @@ class AttentionMaps:
             "k_bias": (groups, width),
             "v_bias": (groups, v_dim),
             "o_bias": (hidden,),
-            "q_norm": (width,),
-            "k_norm": (width,),
+            "q_norm": (heads, width),
+            "k_norm": (groups, width),
         }
         if width % 2:
             raise ValueError(f"qk_dim={width} is odd; pairs need an even width.")
         for name, shape in expected.items():
             tensor = getattr(self, name)
+            if tensor is not None and name.endswith("_norm"):
+                shape = shape[-tensor.dim() :]  # of each head, or of all of them
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
 
@@ -117,6 +121,15 @@ class AttentionMaps:
         return replace(self, **moved)
 
 
+def visible(
+    window: int | None, start: int, stop: int, device: torch.device | None = None
+) -> Bool[Tensor, "B S"]:
+    """Which of the keys 0 to stop - 1 each of the queries start to stop - 1 reads."""
+    positions = torch.arange(stop, device=device)
+    lag = positions[start:, None] - positions
+    return (lag >= 0) & (lag < (stop if window is None else window))
+
+
 def project(
     x: Float[Tensor, "*batch D"],
     weight: Float[Tensor, "H E D"],
@@ -129,12 +142,18 @@ def project(
 
 
 def normalised(
-    z: Float[Tensor, "*batch E"], weight: Float[Tensor, " E"] | None, eps: float
-) -> Float[Tensor, "*batch E"]:
-    """z over its root mean square, times weight; z itself without one."""
+    z: Float[Tensor, "*batch H E"],
+    weight: Float[Tensor, " E"] | Float[Tensor, "H E"] | None,
+    eps: float,
+) -> Float[Tensor, "*batch H E"]:
+    """z over its root mean square, times weight; z itself without one.
+
+    The mean is over what the weight is for: each head's dims, or those of all heads.
+    """
     if weight is None:
         return z
-    return z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    dims = tuple(range(-weight.dim(), 0))
+    return z * (z.square().mean(dims, keepdim=True) + eps).rsqrt() * weight
 
 
 def augmented(
@@ -174,25 +193,24 @@ def reference_attention(
     if positions is None:
         positions = torch.arange(length, dtype=x.dtype)
     angles = positions[:, None] * maps.inv_freq
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    unseen = ~visible(maps.window, 0, length)
     y = torch.zeros(length, maps.hidden, dtype=x.dtype)
     if maps.o_bias is not None:
         y = y + maps.o_bias
+    queries, keys = (torch.stack([x @ head.T for head in heads], 1) for heads in (maps.q, maps.k))
+    if maps.q_bias is not None:
+        queries = queries + maps.q_bias
+    if maps.k_bias is not None:
+        keys = keys + maps.k_bias
+    queries = normalised(queries, maps.q_norm, maps.norm_eps)
+    keys = normalised(keys, maps.k_norm, maps.norm_eps)
     for h in range(maps.heads):
         g = h // maps.repeats
-        q, k, v = x @ maps.q[h].T, x @ maps.k[g].T, x @ maps.v[g].T
-        if maps.q_bias is not None:
-            q = q + maps.q_bias[h]
-        if maps.k_bias is not None:
-            k = k + maps.k_bias[g]
+        v = x @ maps.v[g].T
         if maps.v_bias is not None:
             v = v + maps.v_bias[g]
-        q, k = (
-            normalised(z, weight, maps.norm_eps)
-            for z, weight in ((q, maps.q_norm), (k, maps.k_norm))
-        )
-        scores = rotate(q, angles) @ rotate(k, angles).T * maps.scaling
-        y = y + scores.masked_fill(future, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
+        scores = rotate(queries[:, h], angles) @ rotate(keys[:, g], angles).T * maps.scaling
+        y = y + scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
     return y
 
 
@@ -215,7 +233,10 @@ def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor
         v = torch.nn.functional.pad(v, (0, width))
     elif width < 0:
         q, k = (torch.nn.functional.pad(z, (0, -width)) for z in (q, k))
+    length = x.shape[1]
+    slides = maps.window is not None and maps.window < length
+    mask = visible(maps.window, 0, length, x.device) if slides else None
     heads = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=maps.scaling, enable_gqa=maps.repeats > 1
+        q, k, v, mask, is_causal=mask is None, scale=maps.scaling, enable_gqa=maps.repeats > 1
     )
     return heads[..., : maps.v_dim].transpose(1, 2)

@@ -70,6 +70,7 @@ class MFA:
         scaling: the score multiplier, a rotary attention factor included.
         v: the value head; None in MFA-KR.
         reuse, reuse_gate: N and alpha of MFA-KR; None in MFA.
+        window: how many keys a query reads; None for all.
     """
 
     q: Float[Tensor, "H C Din"]
@@ -85,6 +86,7 @@ class MFA:
     q_bias: Float[Tensor, "H C"] | None = None
     k_bias: Float[Tensor, " C"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    window: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -126,6 +128,7 @@ class MFA:
             o=self.o,
             inv_freq=torch.cat([chosen.new_zeros(self.head_dim // 2 - len(chosen)), chosen]),
             scaling=self.scaling,
+            window=self.window,
             q_bias=None if self.q_bias is None else self.q_bias[:, order],
             k_bias=None if self.k_bias is None else self.k_bias[None, order],
             v_bias=v_bias,
@@ -254,6 +257,7 @@ def _assemble(
         rope_pairs=split.rope_pairs,
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        window=maps.window,
         q_bias=q_bias,
         k_bias=k_bias,
         **values,

@@ -58,6 +58,7 @@ class MLA:
             all of `inv_freq`.
         q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
             rotated whole alone.
+        window: how many keys a query reads; None for all.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -75,9 +76,10 @@ class MLA:
     kv_a_bias: Float[Tensor, " A"] | None = None
     kv_b_bias: Float[Tensor, "G B"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
-    q_norm: Float[Tensor, " E"] | None = None
-    k_norm: Float[Tensor, " E"] | None = None
+    q_norm: Float[Tensor, " E"] | Float[Tensor, "H E"] | None = None
+    k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
+    window: int | None = None
 
     @property
     def kv_lora_rank(self) -> int:
@@ -124,11 +126,12 @@ class MLA:
         biases: dict[str, Any] = dict(
             q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias
         )
+        fixed: dict[str, Any] = dict(scaling=self.scaling, window=self.window)
         if self.rope_on_read and self.k_rope is None:
             norms: dict[str, Any] = dict(
                 q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.norm_eps
             )
-            return AttentionMaps(q, k, v, self.o, self.inv_freq, self.scaling, **biases, **norms)
+            return AttentionMaps(q, k, v, self.o, self.inv_freq, **fixed, **biases, **norms)
         groups = kv.shape[0]
         rope, rope_bias = self.kv_a[r:], _rows(self.kv_a_bias, slice(r, None))
         if self.k_rope is not None:
@@ -147,7 +150,7 @@ class MLA:
             biases[name] = None if bias is None else bias[:, order]
         chosen = self.inv_freq[list(self.rope_pairs)]
         inv_freq = torch.cat([chosen.new_zeros(nope // 2), chosen])
-        return AttentionMaps(q[:, order], k[:, order], v, self.o, inv_freq, self.scaling, **biases)
+        return AttentionMaps(q[:, order], k[:, order], v, self.o, inv_freq, **fixed, **biases)
 
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
         """Tensors by the names of the model class' attention module.
@@ -174,8 +177,8 @@ class MLA:
             "kv_b_proj.bias": _append(_flat(self.kv_b_bias), self.k_rope_bias),
             "o_proj.weight": self.o.flatten(1),
             "o_proj.bias": self.o_bias,
-            "q_norm.weight": self.q_norm,
-            "k_norm.weight": self.k_norm,
+            "q_norm.weight": None if self.q_norm is None else self.q_norm.flatten(),
+            "k_norm.weight": None if self.k_norm is None else self.k_norm.flatten(),
         }
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -302,6 +305,7 @@ def decoupled_mla(
         rope_pairs=split.rope_pairs,
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        window=maps.window,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_a_bias=bias,
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
@@ -328,6 +332,7 @@ def read_key_mla(
         rope_pairs=split.rope_pairs,
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        window=maps.window,
         rope_on_read=True,
         k_rope=k_rope,
         k_rope_bias=bias,
@@ -357,6 +362,7 @@ def whole_key_mla(
         rope_pairs=(),
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        window=maps.window,
         rope_on_read=True,
         q_bias=maps.q_bias,
         kv_b_bias=bias,

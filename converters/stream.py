@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .activations import Activations
 from .checkpoint import Source
 from .errors import InputError
-from .families import Family
-from .maps import AttentionMaps
+from .families import Family, layer_kind, window
+from .maps import AttentionMaps, visible
 
 # Tokens sent through a layer at a time.
 TOKENS_AT_ONCE = 4096
@@ -56,22 +56,30 @@ class LayerStream:
             self.rotary = type(rotary)(config).to(self.device)
             # Converted models hand more than angles to their layers.
             self.rotary._forward_hooks.update(rotary._forward_hooks)
-        if not (self.inv_freq.isfinite() & (self.inv_freq > 0)).all():
-            raise InputError(
-                f"{self.source.path / 'config.json'} gives rotary frequencies that are no finite "
-                "numbers above 0 (rope_parameters)."
-            )
+        for layer in range(config.num_hidden_layers):
+            inv_freq = self.inv_freq(layer)
+            if not (inv_freq.isfinite() & (inv_freq > 0)).all():
+                raise InputError(
+                    f"{self.source.path / 'config.json'} gives rotary frequencies that are no "
+                    "finite numbers above 0 (rope_parameters)."
+                )
 
-    @property
-    def inv_freq(self) -> Float[Tensor, " R2"]:
-        """Of the rotated pairs; of a model without RoPE none."""
+    def inv_freq(self, layer: int) -> Float[Tensor, " R2"]:
+        """Of the layer's rotated pairs; of a model without RoPE none."""
         if self.rotary is None:
             return torch.zeros(0, dtype=torch.float64, device=self.device)
-        return self.rotary.get_buffer("inv_freq").double()
+        return self.rotary.get_buffer(self._of_kind(layer, "inv_freq")).double()
 
-    @property
-    def attention_factor(self) -> float:
-        return float(getattr(self.rotary, "attention_scaling", 1.0))
+    def attention_factor(self, layer: int) -> float:
+        """What the layer's cos and sin are multiplied with."""
+        if self.rotary is None:
+            return 1.0
+        return float(getattr(self.rotary, self._of_kind(layer, "attention_scaling"), 1.0))
+
+    def _of_kind(self, layer: int, name: str) -> str:
+        """The rotary embedding's name for it, which can be one for each kind of layer."""
+        named = f"{layer_kind(self.source.config, layer)}_{name}"
+        return named if hasattr(self.rotary, named) else name
 
     def maps(self, layer: int) -> AttentionMaps:
         """The layer's attention, in float64."""
@@ -81,7 +89,9 @@ class LayerStream:
             for name in self.source.names()
             if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
         }
-        return self.family.read(self.source.config, tensors, self.inv_freq, self.attention_factor)
+        config = self.source.config
+        rope = self.inv_freq(layer), self.attention_factor(layer)
+        return self.family.read(config, tensors, *rope, window(config, layer))
 
     @torch.no_grad()
     def advance(self, layer: int) -> Activations:
@@ -91,7 +101,14 @@ class LayerStream:
         module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
         x, y = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
         weights = self.hidden.new_empty(self.tokens.shape)
-        parallel = self.family.parallel(self.source.config)
+        config = self.source.config
+        parallel, post_norm = self.family.parallel(config), self.family.post_norm
+        # Where each kind of layer has frequencies of its own, they are asked for by its name.
+        kind = [layer_kind(config, layer)] if hasattr(self.rotary, "layer_types") else []
+        length, slides = self.tokens.shape[1], window(config, layer)
+        mask = None  # plainly causal
+        if slides is not None and slides < length:
+            mask = visible(slides, 0, length, self.device)[None, None]
         seen: list[tuple[Tensor, Tensor]] = []
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
@@ -104,15 +121,19 @@ class LayerStream:
             for rows in self._rows():
                 batch = self.hidden[rows].to(self.device)
                 positions = torch.arange(batch.shape[1], device=self.device)[None]
-                given = {"attention_mask": None, "position_ids": positions}
+                given = {"attention_mask": mask, "position_ids": positions}
                 if self.rotary is not None:
-                    given["position_embeddings"] = self.rotary(batch, positions)
+                    given["position_embeddings"] = self.rotary(batch, positions, *kind)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
                     out = module(batch, **given)
                 out = (out[0] if isinstance(out, tuple) else out).cpu()
-                x[rows], y[rows] = seen.pop()
-                stream = out if parallel else self.hidden[rows] + y[rows]
-                weights[rows] = 1 / stream.square().sum(-1).clamp_min(1e-12)
+                x[rows], does = seen.pop()
+                y[rows] = does
+                added = does if post_norm is None else module.get_submodule(post_norm)(does)
+                stream = out if parallel else self.hidden[rows] + added.cpu()
+                # A norm in between does to an error what it does to y.
+                before, after = (_energy(z).cpu() for z in (does, added))
+                weights[rows] = after / before / _energy(stream)
                 self.hidden[rows] = out
         finally:
             handle.remove()
@@ -191,3 +212,7 @@ class LayerStream:
                 for expert in range(shape[0])
             ]
         )
+
+
+def _energy(x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T"]:
+    return x.square().sum(-1).clamp_min(1e-12)

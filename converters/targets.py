@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .. import modeling
 from .budget import Budget
 from .errors import InputError
-from .families import FAMILIES, head_dim, kv_heads
+from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
 from .maps import AttentionMaps
 from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
@@ -136,6 +136,12 @@ class MLATarget(Target):
         self.engine = recipe.preset == "engine"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
+        slides = window_in_use(config)
+        if recipe.native and slides:
+            raise InputError(
+                f"this {config.model_type} model slides a window of {slides} tokens, which "
+                "--native classes do not have. Leave out --native or --preset."
+            )
         if self.on_read and not self.rotatable:
             raise InputError(
                 f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
@@ -213,14 +219,14 @@ class MLATarget(Target):
     def config_of(self, layers, fields) -> PretrainedConfig:
         config_class, _, causal_lm = modeling.MLA_CLASSES[self.config.model_type]
         return config_class(
-            **_without_windows(fields),
+            **fields,
             **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
             qk_nope_head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             q_lora_rank=self.recipe.q_lora_rank,
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
-            qk_norm=self.qk_norm,
+            qk_norm=bool(self.qk_norm),
             architectures=[causal_lm.__name__],
         )
 
@@ -379,7 +385,7 @@ class MFATarget(Target):
         config_class, _, causal_lm = modeling.MFA_CLASSES[self.config.model_type]
         names = {"head_dim": "mfa_head_dim", "qk_rope_head_dim": None, "share_q_dim": None}
         return config_class(
-            **_without_windows(fields),
+            **fields,
             **_per_layer(layers, names),
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             key_reuse=self.key_reuse,
@@ -450,12 +456,6 @@ def _check_heads(config: PretrainedConfig) -> None:
             f"config.json asks for heads of width {width}. Rotary embedding turns pairs, so it "
             "must be even."
         )
-
-
-def _without_windows(fields: dict[str, Any]) -> dict[str, Any]:
-    """A window that is never in use is not carried, for the classes refuse all of them."""
-    off = {"sliding_window": None, "use_sliding_window": False}
-    return fields | {name: value for name, value in off.items() if name in fields}
 
 
 def _per_layer(

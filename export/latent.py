@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..converters.checkpoint import Source
 from ..converters.errors import InputError
-from ..converters.families import FAMILIES, Family
+from ..converters.families import FAMILIES, Family, window_in_use
 from ..modeling import MFA_CLASSES, MLA_CLASSES
 
 AGAIN = "Convert the original again with --to mla --native."
@@ -35,6 +35,12 @@ def check_exportable(source: Source) -> None:
         raise InputError(
             f"{path} is a {family.model_type} model, and the classes it could be exported to hold "
             f"Llama's decoder around the attention ({held}). It runs in rehead's own."
+        )
+    slides = window_in_use(config)
+    if slides:
+        raise InputError(
+            f"{path} slides a window of {slides} tokens, which no class it could be exported to "
+            "does. It runs in rehead's own."
         )
     if config.rope_on_read:
         raise InputError(f"{path} rotates its keys on read, which no stock class does. {AGAIN}")

@@ -28,6 +28,11 @@ FAMILIES = {
     "seed_oss": "SeedOss",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "gemma3_text": "Gemma3",
+    "olmoe": "Olmoe",
+    "starcoder2": "Starcoder2",
 }
 
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]

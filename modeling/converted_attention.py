@@ -25,7 +25,11 @@ class ConvertedAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.qk_rope_head_dim = config.layer_width("qk_rope_head_dim", layer_idx)
-        self.scaling = config.head_dim**-0.5
+        self.scaling = getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5
+        kinds = getattr(config, "layer_types", None)
+        slides = kinds is None or kinds[layer_idx] == "sliding_attention"
+        # Masks have it too; some attention functions take it instead of a mask.
+        self.sliding_window = getattr(config, "sliding_window", None) if slides else None
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         # Not saved: ConvertedModelMixin._init_weights fills it after a load in meta mode.
@@ -48,6 +52,17 @@ class ConvertedAttention(nn.Module):
         still, turning = x.split([x.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], -1)
         return torch.cat((still, rotate(turning, cos, sin)), dim=-1)
 
+    @staticmethod
+    def _slots_in(cached, slots):
+        """The new tokens' slots [T] in what the cache returned [B, 1, S, r].
+
+        They were the numbers of tokens seen before, and a sliding cache has dropped its first rows.
+        RoPE depends on differences of positions alone.
+        """
+        total = cached.shape[2]
+        last = torch.arange(total - len(slots), total, device=slots.device)
+        return torch.minimum(slots, last)
+
     def _turned_at(self, query, slots, angles):
         """Queries [B, H, T, k] for keys that are turned when read, turned at their `slots` [T]."""
         # The factor of RoPE types such as YaRN stands on both sides of a score.
@@ -67,6 +82,7 @@ class ConvertedAttention(nn.Module):
             mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
 

@@ -9,8 +9,10 @@ class ConvertedConfigMixin(PreTrainedConfig):
     """Fields that turn a family's config into one of a converted form, and their checks.
 
     `head_dim`, `rope_parameters` and `num_key_value_heads` stay those of the source model: scores
-    are scaled by `head_dim ** -0.5`, and `rope_pairs` points into the source's frequencies. A width
-    that differs between layers has a list `<name>_per_layer`, and `<name>` is then the largest.
+    are scaled by `head_dim ** -0.5` (by `query_pre_attn_scalar ** -0.5` in families that have it),
+    and `rope_pairs` points into the source's frequencies, those of the layer's kind where kinds
+    differ. Windows (`sliding_window`, `layer_types`) stay too. A width that differs between layers
+    has a list `<name>_per_layer`, and `<name>` is then the largest.
     """
 
     form_name: ClassVar[str] = ""
@@ -76,16 +78,6 @@ class ConvertedConfigMixin(PreTrainedConfig):
         if heads % groups:
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}."
-            )
-        if getattr(self, "sliding_window", None):
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is in use, but {self.form_name} layers "
-                "attend to every token. Use a source without a sliding window."
-            )
-        if "sliding_attention" in (getattr(self, "layer_types", None) or []):
-            raise ValueError(
-                f"layer_types holds sliding_attention layers, but {self.form_name} layers attend "
-                "to every token. Use a source without sliding windows."
             )
         rope = getattr(self, "rope_parameters", None) or {}
         if not self.partial_rotary and rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -70,6 +70,7 @@ class MFAAttention(ConvertedAttention):
             slots = torch.arange(length, device=hidden_states.device) + seen
             # Keys and values are read from the same rows, so the cache's values stay empty.
             latent, _ = past_key_values.update(key, key[..., :0], self.layer_idx)
+            slots = self._slots_in(latent, slots)
             output, weights = self._read(
                 query, latent, attention_mask, slots, position_embeddings[2], **kwargs
             )

@@ -12,8 +12,6 @@ from .mla_config import MLAConfigMixin
 @strict
 class MistralMLAConfig(MLAConfigMixin, MistralConfig):
     model_type = "rehead_mistral_mla"
-    # Mistral's own default is a window, which the converted forms do not have.
-    sliding_window: int | None = None
 
 
 class MistralMLAModel(ConvertedModel, MistralModel):
@@ -28,8 +26,6 @@ class MistralMLAForCausalLM(ConvertedForCausalLM, MistralForCausalLM):
 @strict
 class MistralMFAConfig(MFAConfigMixin, MistralConfig):
     model_type = "rehead_mistral_mfa"
-    # Mistral's own default is a window, which the converted forms do not have.
-    sliding_window: int | None = None
 
 
 class MistralMFAModel(ConvertedModel, MistralModel):

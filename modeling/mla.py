@@ -6,6 +6,7 @@ of the shared rotated key, n = qk_nope_head_dim, v = v_head_dim.
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
@@ -25,7 +26,7 @@ class MLAAttention(ConvertedAttention):
     they are read. Positions given with a cache must then be contiguous. Where d_r is above 0,
     k_rope is read from the latent, by the last d_r rows of `kv_b_proj`, and W_uk c is
     position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole. With `qk_norm`
-    every head's query and key are normalised before they are rotated whole.
+    every head's query and key, or all heads' together, are normalised before they are turned.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -57,8 +58,20 @@ class MLAAttention(ConvertedAttention):
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            widths = (
+                (heads * self.qk_head_dim, config.num_key_value_heads * self.qk_head_dim)
+                if config.norm_all_heads
+                else (self.qk_head_dim, self.qk_head_dim)
+            )
+            self.q_norm, self.k_norm = (
+                LlamaRMSNorm(width, eps=config.rms_norm_eps) for width in widths
+            )
+
+    def init_own(self):
+        super().init_own()
+        if self.config.qk_norm:  # some families begin their own norms at zero
+            init.ones_(self.q_norm.weight)
+            init.ones_(self.k_norm.weight)
 
     def forward(
         self,
@@ -77,7 +90,7 @@ class MLAAttention(ConvertedAttention):
             query = self.q_b_proj(self.q_a_proj(hidden_states))
         query = query.view(batch, length, -1, self.qk_head_dim)
         if self.config.qk_norm:
-            query = self.q_norm(query)
+            query = _normalised(self.q_norm, query)
         query = query.transpose(1, 2)  # [B, H, T, n + d_r]
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
         if self.qk_rope_head_dim and not self.config.rope_on_read:
@@ -92,6 +105,8 @@ class MLAAttention(ConvertedAttention):
                 slots = torch.arange(length, device=hidden_states.device) + seen
             # The latent serves keys and values alike, so the cache's values stay empty.
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            if slots is not None:
+                slots = self._slots_in(cached, slots)
         if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
             output, weights = self._absorbed(
                 query, cached, attention_mask, slots, position_embeddings[2]
@@ -111,10 +126,11 @@ class MLAAttention(ConvertedAttention):
         batch, _, total, _ = cached.shape
         pair, read_key = _split(self.kv_b_proj(latent.squeeze(1)), self.pair_dim, -1)
         pair = pair.view(batch, total, -1, self.qk_nope_head_dim + self.v_head_dim)
-        key, value = pair.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        scaling = self.scaling
+        key, value = pair.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         if self.config.qk_norm:
-            key = self.k_norm(key)
+            key = _normalised(self.k_norm, key)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        scaling = self.scaling
         if self.config.rope_on_read:
             cos, sin, angles = position_embeddings
             if slots is None:
@@ -215,6 +231,12 @@ class MLAAttention(ConvertedAttention):
         if bias is not None:
             output = output + bias[:, None, n:]
         return output.flatten(2, 3), weights
+
+
+def _normalised(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, h, d], of each head or of all together, as wide as the norm is."""
+    width = norm.weight.numel()
+    return norm(x.flatten(2).unflatten(-1, (-1, width))).reshape(x.shape)
 
 
 def _split(x: torch.Tensor | None, size: int, dim: int = 0):

@@ -27,11 +27,14 @@ class MLAConfigMixin(ConvertedConfigMixin):
             the one rotated key of a layer with d_r above 0, which is then read from the latent, and
             the keys of all heads, whole, of a layer with d_r = 0.
         qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
-            have one; keys are then formed when they are read, and rotated whole.
+            have one; keys are then formed when they are read, and rotated whole. The family says
+            whether it is of each head by itself.
         conversion: The recipe the checkpoint was made with.
     """
 
     form_name: ClassVar[str] = "MLA"
+    # Whether the family normalises all heads' queries, and all heads' keys, together.
+    norm_all_heads: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {
         "q_proj": "colwise",
         "q_b_proj": "colwise",
@@ -53,8 +56,9 @@ class MLAConfigMixin(ConvertedConfigMixin):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.rope_on_read and self.qk_rope_head_dim:
-            # The rotated key's rows of kv_b_proj are every head's: the attention is not split.
+        if self.norm_all_heads or (self.rope_on_read and self.qk_rope_head_dim):
+            # The norm's mean, or the rotated key's rows of kv_b_proj, are every head's: the
+            # attention is not split.
             self.base_model_tp_plan: dict[str, str] | None = {
                 name: split
                 for name, split in (type(self).base_model_tp_plan or {}).items()

@@ -89,7 +89,9 @@ def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
     They are those of this forward pass, where the RoPE type lets them change with the length. Where
     a part of the head is rotated, the other pairs follow with frequency 0.
     """
-    (cos, sin), inv_freq, scaling = output, rotary.inv_freq, rotary.attention_scaling
+    kind = f"{args[2]}_" if len(args) > 2 else ""  # of layer, where each has its own
+    cos, sin = output
+    inv_freq, scaling = (getattr(rotary, kind + x) for x in ("inv_freq", "attention_scaling"))
     still = rotary.config.head_dim // 2 - len(inv_freq)
     if still:
         inv_freq = nn.functional.pad(inv_freq, (0, still))
@@ -124,8 +126,8 @@ def slot_scores(
     """Unscaled scores [B, H * T, S] of query [B, H, T, d] at `slots` [T] against rotated keys.
 
     Key s of KV head g is Rot_s norm(weight_g latent_s + bias_g), weight [g, d, r], bias [g, d],
-    `norm` an RMSNorm or None. Keys
-    are formed for a chunk of slots and for the KV heads alone, and turned in place, as complex
+    `norm` an RMSNorm of each head's d dimensions, or of all g * d together, or None. Keys are
+    formed for a chunk of slots and for the KV heads alone, and turned in place, as complex
     numbers, by their offset within the chunk; the query is turned by the rest of the angle, once a
     chunk. A query matrix with a block for each KV head reads the chunk as it lies, uncopied.
     """
@@ -158,8 +160,10 @@ def slot_scores(
         keys = nn.functional.linear(part.flatten(0, 1), rows, offset).to(work)
         keys = keys.view(batch, -1, groups, dim // 2, 2)
         if norm is not None:
-            length = (keys.square().mean((-2, -1), keepdim=True) + norm.variance_epsilon).rsqrt()
-            keys = keys * length * norm.weight.to(work).view(2, -1).T
+            scale = norm.weight.to(work).view(-1, 2, dim // 2).mT  # [1 or g, f, 2]
+            over = (-3, -2, -1) if len(scale) > 1 else (-2, -1)
+            inverse = (keys.square().mean(over, keepdim=True) + norm.variance_epsilon).rsqrt()
+            keys = keys * inverse * scale
         pairs = torch.view_as_complex(keys)
         pairs.mul_(phase[: pairs.shape[1]])
         keys = keys.view(batch, -1, groups * dim)

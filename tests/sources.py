@@ -4,6 +4,8 @@ import folders
 import tiny
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -16,7 +18,13 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OlmoConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
@@ -36,6 +44,8 @@ from transformers import (
     SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 GROUPED = tiny.BASE | folders.MODEL_FIELDS | dict(rope_parameters=tiny.ROPE_TYPES["default"])
@@ -45,6 +55,17 @@ PART_LONG = dict(
     rope_parameters=tiny.ROPE_TYPES["longrope"]
     | dict(partial_rotary_factor=0.5, short_factor=[1.0, 1.2], long_factor=[2.0, 3.0]),
     original_max_position_embeddings=32,
+)
+# The second of two layers has a window.
+LAST_SLIDES = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+# A layer with a window and one without, each with its own frequencies.
+MIXED = dict(
+    sliding_window=16,
+    layer_types=["full_attention", "sliding_attention"],
+    rope_parameters={
+        "full_attention": tiny.ROPE_TYPES["yarn"] | dict(rope_theta=1000.0),
+        "sliding_attention": tiny.ROPE_TYPES["default"],
+    },
 )
 # A KV head for every query head: these configs know no other.
 MULTI = {k: v for k, v in GROUPED.items() if k not in ("num_key_value_heads", "head_dim")}
@@ -82,6 +103,23 @@ FAMILIES = {
         Qwen3MoeForCausalLM,
         GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, GROUPED),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, GROUPED | MIXED),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GROUPED | MIXED | dict(query_pre_attn_scalar=12),
+    ),
+    "olmoe": (
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        GROUPED | dict(num_experts=4, num_experts_per_tok=2),
+    ),
+    "starcoder2": (
+        Starcoder2Config,
+        Starcoder2ForCausalLM,
+        GROUPED | dict(use_bias=True, sliding_window=16),
+    ),
 }
 # What a family's other checkpoints have: case -> family, fields.
 VARIANTS = {
@@ -90,6 +128,16 @@ VARIANTS = {
     "gpt_neox, plain": ("gpt_neox", dict(attention_bias=False, use_parallel_residual=False)),
     "olmo, biases": ("olmo", dict(attention_bias=True)),
     "qwen3, biases": ("qwen3", dict(attention_bias=True)),
+    "olmo2, biases": ("olmo2", dict(attention_bias=True)),
+    "mistral, sliding": ("mistral", dict(sliding_window=16)),
+    "qwen2, sliding": ("qwen2", LAST_SLIDES),
+    "phi3, sliding": ("phi3", dict(sliding_window=16)),
+    "qwen3, sliding": ("qwen3", LAST_SLIDES),
+    "gemma3_text, other way": (
+        "gemma3_text",
+        dict(layer_types=["sliding_attention", "full_attention"], attention_bias=True),
+    ),
+    "olmo3, other way": ("olmo3", dict(layer_types=["sliding_attention", "full_attention"])),
     "opt, norm after": ("opt", dict(do_layer_norm_before=False)),
 }
 # Llama, Mistral and Qwen2 have tests of their own beside the ones for all.

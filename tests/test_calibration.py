@@ -254,10 +254,16 @@ def test_kronecker_of_no_gradients_is_finite():
 
 
 @pytest.mark.parametrize("which", ["q", "k"])
-def test_gradients_before_a_norm_are_those_of_autograd(which):
-    """Of the probe, through a norm of every head: as if the maps' bias had moved token by token."""
+@pytest.mark.parametrize("together", [False, True])
+def test_gradients_before_a_norm_are_those_of_autograd(which, together):
+    """Of the probe, through a norm of every head, or of all together: as if the maps' bias had
+    moved token by token."""
     generator = torch.Generator().manual_seed(1)
-    weights = {name: 0.5 + torch.rand(8, generator=generator).double() for name in ("q", "k")}
+    shapes = {"q": (4, 8), "k": (2, 8)} if together else {"q": (8,), "k": (8,)}
+    weights = {
+        name: 0.5 + torch.rand(shape, generator=generator).double()
+        for name, shape in shapes.items()
+    }
     maps = replace(
         layers.maps(bias=True), q_norm=weights["q"], k_norm=weights["k"], norm_eps=1e-3
     ).to(torch.float32)
@@ -284,7 +290,8 @@ def test_gradients_before_a_norm_are_those_of_autograd(which):
     )
     assert error(found, wanted) < 1e-5
     # An error along a key itself is taken away by its norm; without the norm it counts.
-    along = (found * z).sum(-1).abs().max() / (found.norm(dim=-1) * z.norm(dim=-1)).max()
+    over = (-2, -1) if together else -1
+    along = (found * z).sum(over).abs().max() / (found.norm(dim=over) * z.norm(dim=over)).max()
     assert along < 1e-3
     plain = replace(maps, **{f"{which}_norm": None})
     twin = (

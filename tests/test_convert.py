@@ -556,15 +556,10 @@ MISTAKES = {
     "no text": (dict(calibration="./no.txt"), None, "no.txt: no such file"),
     "model type": ({}, another(ctrl), "model_type 'ctrl' is not supported.*llama, mistral, qwen2"),
     "converted already": ({}, convert_once, r"converted already \(rehead_llama_mla\)"),
-    "sliding mistral": (
-        {},
+    "native with a window": (
+        dict(native=True),
         another(sliding("mistral", sliding_window=16)),
-        "sliding window of 16 tokens, which cannot be converted",
-    ),
-    "sliding qwen2": (
-        {},
-        another(sliding("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0)),
-        "sliding window of 16 tokens",
+        "slides a window of 16 tokens.*Leave out --native",
     ),
     "small vocabulary": ({}, another(tiny.source), "the model knows 61. They do not belong"),
     "leftover tensor": (

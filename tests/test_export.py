@@ -190,6 +190,18 @@ def test_half_precision_loses_what_its_rounding_loses(tmp_path):
         assert error(logits(found), wanted) < 2 * own
 
 
+def test_a_window_in_use_is_not_exported(tmp_path):
+    config, _, causal_lm = rehead.modeling.MLA_CLASSES["mistral"]
+    fields = sources.FAMILIES["mistral"][2] | tiny.DECOUPLED | NATIVE
+    for window in (16, 128):  # no text outgrows the second
+        folders.save(
+            tmp_path / str(window), causal_lm(config(**fields | {"sliding_window": window}))
+        )
+    with pytest.raises(InputError, match="slides a window of 16 tokens"):
+        export(tmp_path / "16", to="transformers", output=tmp_path / "out")
+    export(tmp_path / "128", to="transformers", output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", rehead.modeling.MLA_CLASSES)
 def test_no_family_is_exported_wrongly(family, tmp_path):
     """One with another decoder is refused, though its weights may have the same names."""

@@ -15,8 +15,9 @@ import torch
 from layers import error, inputs
 from safetensors.torch import load_file, save_file
 from tiny import positions_of, step_by_step
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
+from rehead.cli import inspect
 from rehead.converters import InputError, convert, families
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES, REFUSED, family_of
@@ -27,6 +28,7 @@ from rehead.converters.stream import LayerStream
 from rehead.evaluation import kv_bytes_per_token
 from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES, MLAAttention, rope_slots
 from rehead.modeling import mla as mla_module
+from rehead.modeling.converted_attention import ConvertedAttention
 
 IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -73,11 +75,23 @@ def layer_of(model, layer):
     return module, module.get_submodule(family.attention)
 
 
+def rope_of(model, layer=1):
+    """Frequencies and attention factor of a layer, which may be those of its kind."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        return torch.zeros(0), 1.0
+    kind = "".join(f"{kind}_" for kind in kinds_of(model, layer))
+    return getattr(rotary, f"{kind}inv_freq"), float(getattr(rotary, f"{kind}attention_scaling"))
+
+
+def kinds_of(model, layer=1):
+    rotary = model.base_model.rotary_emb
+    return [model.config.layer_types[layer]] if hasattr(rotary, "layer_types") else []
+
+
 def read(model, layer=1) -> AttentionMaps:
-    family, rotary = family_of(model.config), getattr(model.base_model, "rotary_emb", None)
-    inv_freq = torch.zeros(0) if rotary is None else rotary.inv_freq
-    factor = float(getattr(rotary, "attention_scaling", 1.0))
-    return family.read(model.config, layer_of(model, layer)[1].state_dict(), inv_freq, factor)
+    weights, size = layer_of(model, layer)[1].state_dict(), families.window(model.config, layer)
+    return family_of(model.config).read(model.config, weights, *rope_of(model, layer), size)
 
 
 @pytest.mark.parametrize("case", sources.NEW)
@@ -86,9 +100,12 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
     model = sources.model(case)
     family = FAMILIES[model.config.model_type]
     x = inputs(2, 40)
-    given = dict(attention_mask=torch.full((40, 40), -torch.inf).triu(1)[None, None])
+    future, window = torch.ones(40, 40).triu(1).bool(), families.window(model.config, 1)
+    unseen = future if window is None else future | torch.ones(40, 40).tril(-window).bool()
+    given = dict(attention_mask=torch.zeros(40, 40).masked_fill(unseen, -torch.inf)[None, None])
     if family.rotary != "none":
-        given["position_embeddings"] = model.base_model.rotary_emb(x, torch.arange(40)[None])
+        rope = model.base_model.rotary_emb(x, torch.arange(40)[None], *kinds_of(model))
+        given["position_embeddings"] = rope
     wanted = layer_of(model, 1)[1](x, **given)[0]
     maps = read(model)
 
@@ -99,10 +116,10 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
     wrong = {"no scaling": replace(maps, scaling=1.0), "heads": replace(maps, q=maps.q.flip(0))}
     if family.rotary != "none":
         wrong["frequencies"] = replace(maps, inv_freq=maps.inv_freq.flip(0))
-        factor = float(model.base_model.rotary_emb.attention_scaling)
+        factor = rope_of(model)[1]
         if factor != 1:
             wrong["factor"] = replace(maps, scaling=maps.scaling / factor**2)
-    for name in ("q_bias", "o_bias", "q_norm", "k_norm"):
+    for name in ("q_bias", "o_bias", "q_norm", "k_norm", "window"):
         if getattr(maps, name) is not None:
             wrong[name] = replace(maps, **{name: None})
     if 0 < family.rotary_dim(model.config) < maps.qk_dim:
@@ -112,6 +129,9 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
     if family.head_by_head:
         monkeypatch.setitem(FAMILIES, family.model_type, replace(family, head_by_head=False))
         wrong["fused"] = read(model)
+    if family.norms_from:
+        monkeypatch.setitem(FAMILIES, family.model_type, replace(family, norms_from=0.0))
+        wrong["norms"] = read(model)
     for name, twin in wrong.items():
         assert distance(twin) > 1e-2, name
 
@@ -119,8 +139,7 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
 @pytest.mark.parametrize("case", sources.CASES)
 def test_writing_is_the_inverse_of_reading(case):
     model = sources.model(case)
-    family, rotary = family_of(model.config), getattr(model.base_model, "rotary_emb", None)
-    found = family.write(read(model), float(getattr(rotary, "attention_scaling", 1.0)))
+    found = family_of(model.config).write(read(model), rope_of(model)[1])
     wanted = layer_of(model, 1)[1].state_dict()
     assert set(found) == set(wanted)
     for name, tensor in found.items():
@@ -176,6 +195,21 @@ def test_layers_one_by_one_are_the_whole_model(case, saved, monkeypatch):
         assert distance() > 1e-3
 
 
+@pytest.mark.parametrize("case", [f for f in FAMILIES if FAMILIES[f].post_norm])
+@torch.no_grad()
+def test_a_norm_after_attention_counts_in_the_weights_of_tokens(case, saved, monkeypatch):
+    """An error in attention's output is divided by what that norm divides the output by."""
+    folder, model = saved(case)
+    family = FAMILIES[case]
+    found = streamed(folder).advance(0)
+    added = layer_of(model, 0)[0].get_submodule(family.post_norm)(found.y)
+    gain = added.square().sum(-1) / found.y.square().sum(-1)
+    wanted = gain / (model.get_input_embeddings()(IDS) + added).square().sum(-1)
+    assert error(found.weights, wanted) < 1e-5
+    monkeypatch.setitem(FAMILIES, case, replace(family, post_norm=None))
+    assert error(streamed(folder).advance(0).weights, wanted) > 1e-1
+
+
 def everything(case, form, model) -> dict:
     """The options with which a form keeps the whole of a model's attention."""
     asked = FORMS[form] | dict(kv_budget="100%")
@@ -205,8 +239,11 @@ EXACT = [
     *((f, form) for f in ("phi3", "stablelm", "gpt_neox", "gemma", "gpt2") for form in FORMS),
     *((f, form) for f in ("mixtral", "qwen2_moe", "phi", "olmo", "opt") for form in ("mla", "gqa")),
     *((f, "mfa-kr") for f in ("mixtral", "phi", "opt", "seed_oss")),
-    *((case, "mla") for case in ("seed_oss", *sources.VARIANTS) if "qwen3" not in case),
-    *((case, "mla on read") for case in sources.CASES if "qwen3" in case),
+    *((family, "mla") for family in ("seed_oss", "starcoder2")),
+    *((case, "mla") for case, (family, _) in sources.VARIANTS.items() if family not in NORMED),
+    *((case, "mla on read") for case, (family, _) in sources.CASES.items() if family in NORMED),
+    *(("mistral, sliding", form) for form in FORMS if form != "mla"),
+    *(("qwen2, sliding", form) for form in ("mla on read", "mfa-kr", "gqa")),
 ]
 
 
@@ -236,14 +273,17 @@ HALVES = [
     *((family, "mfa") for family in ("phi3", "stablelm", "gpt2")),
     *((family, "mfa-kr") for family in ("gpt_neox", "opt", "gemma", "mixtral")),
     *((family, "gqa") for family in ("phi3", "stablelm", "phi", "gpt_neox", "gpt2", "opt")),
+    *(("mistral, sliding", form) for form in FORMS),
+    *((case, "mla on read") for case in ("qwen2, sliding", "qwen3, sliding")),
 ]
 
 
-@pytest.mark.parametrize(("family", "form"), HALVES)
+@pytest.mark.parametrize(("case", "form"), HALVES)
 @torch.no_grad()
-def test_half_the_cache(family, form, saved, text, tmp_path):
+def test_half_the_cache(case, form, saved, text, tmp_path):
     """And saved, loaded, saved again: the same model, and what is no attention the same bytes."""
-    folder, model = saved(family)
+    folder, model = saved(case)
+    family = model.config.model_type
     # A latent as wide as the input is exact, and half of what heads that share nothing cache.
     share = 0.5 if hasattr(model.config, "num_key_value_heads") else 0.3
     done = run(folder, tmp_path / "out", text, kv_budget=share, **FORMS[form])
@@ -278,6 +318,28 @@ def test_half_the_cache(family, form, saved, text, tmp_path):
     for name, parameter in found.named_parameters():
         if name.startswith(prefixes):
             assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("form", [*tiny.FORMS, *tiny.MFA_FORMS])
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_a_sliding_cache_holds_all_that_is_read(form, static, monkeypatch):
+    """Of one layer with a window and one without; keys turned on read by where they are now."""
+    make = tiny.mla if form in tiny.FORMS else tiny.mfa
+    model, ids = make("qwen2", form, **sources.LAST_SLIDES), IDS % 61
+    full = model(ids, attention_mask=MASK, position_ids=positions_of(MASK), use_cache=False).logits
+
+    def distance():
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+        cached = step_by_step(model, ids, MASK, 51, [1, 1, 1, 6], cache)
+        return error(cached[MASK.bool()], full[MASK.bool()])
+
+    assert distance() < 1e-5
+    if form in ("on_read", "rope_read", "mfa_kr"):
+        monkeypatch.setattr(ConvertedAttention, "_slots_in", lambda self, cached, slots: slots)
+    else:
+        model.config.sliding_window = 12
+    assert distance() > 1e-3
 
 
 REMOTE = """
@@ -387,17 +449,20 @@ def test_what_is_offered_is_what_a_family_can_have(family):
     assert offered == ({"mla"} if family in NORMED else {"mla", "mfa", "mfa-kr", "gqa", "mqa"})
 
 
+@pytest.mark.parametrize("family", ["qwen3", "stablelm"])
+def test_what_inspect_recommends_can_be_had(family, saved):
+    found = inspect._inspect(str(saved(family)[0]))
+    on_read = "--rope on-read" in found["recommended"]
+    assert on_read == (family in NORMED)
+
+
 UNSUPPORTED = [
-    ("phi3", dict(sliding_window=16), "sliding window of 16 tokens"),
-    ("mixtral", dict(sliding_window=16), "sliding window of 16 tokens"),
-    (
-        "qwen2_moe",
-        dict(use_sliding_window=True, sliding_window=16, max_window_layers=2),
-        "sliding window of 16 tokens",
-    ),
+    ("mistral", dict(sliding_window=0), "slides a window of 0 tokens"),
+    ("qwen2", dict(layer_types=["full_attention", "chunked_attention"]), "chunked_attention"),
     ("stablelm", dict(qk_layernorm=True), "qk_layernorm"),
     ("phi", dict(qk_layernorm=True), "qk_layernorm"),
     ("olmo", dict(clip_qkv=3.0), "clip_qkv"),
+    ("olmoe", dict(clip_qkv=3.0), "clip_qkv"),
     ("gemma", dict(use_bidirectional_attention=True), "attends to later tokens"),
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"),
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "layer by layer"),
@@ -436,9 +501,9 @@ def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path
         ("rwkv", "no cache of keys"),
         ("t5", "no causal decoder"),
         ("bert", "no causal decoder"),
-        ("olmo2", "normalises queries and keys"),
-        ("gemma2", "slides a window in some layers"),
-        ("gemma3_text", "slides a window in some layers"),
+        ("hunyuan_v1_dense", "normalises queries and keys"),
+        ("gemma2", "caps its scores"),
+        ("gemma3", "reads images too"),
         ("bloom", "ALiBi"),
     ],
 )

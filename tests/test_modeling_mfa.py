@@ -14,8 +14,6 @@ from rehead.modeling import (
     LlamaMFAConfig,
     LlamaMFAForCausalLM,
     MFAAttention,
-    MistralMFAConfig,
-    Qwen2MFAConfig,
     rope_slots,
 )
 
@@ -308,15 +306,6 @@ def test_impossible_configs_are_refused(fields, message):
         with pytest.raises(ValueError, match=message) as caught:
             LlamaMFAConfig(**tiny.BASE | tiny.MFA_FORMS[form] | fields)
         assert "\n" not in str(caught.value)
-
-
-def test_sliding_windows_are_refused():
-    for config_class, fields in (
-        (MistralMFAConfig, dict(sliding_window=16)),
-        (Qwen2MFAConfig, dict(layer_types=["full_attention", "sliding_attention"])),
-    ):
-        with pytest.raises(ValueError, match="MFA layers attend to every token"):
-            config_class(**tiny.BASE | tiny.FACTORED | fields)
 
 
 def test_config_defaults_and_plans():

@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from rehead.modeling import (
     LlamaMLAConfig,
-    MistralMLAConfig,
     MLAAttention,
-    Qwen2MLAConfig,
     rope_slots,
 )
 from rehead.modeling import mla as mla_module
@@ -352,18 +350,6 @@ def test_impossible_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         LlamaMLAConfig(**tiny.BASE | tiny.DECOUPLED | fields)
     assert "\n" not in str(caught.value)
-
-
-def test_sliding_windows_are_refused():
-    for config_class, fields in (
-        (MistralMLAConfig, dict(sliding_window=16)),
-        (Qwen2MLAConfig, dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
-        (Qwen2MLAConfig, dict(layer_types=["full_attention", "sliding_attention"])),
-    ):
-        with pytest.raises(ValueError, match="attend to every token"):
-            config_class(**tiny.BASE | tiny.DECOUPLED | fields)
-    # A window that the source has but does not use is no obstacle.
-    Qwen2MLAConfig(**tiny.BASE | tiny.DECOUPLED | dict(sliding_window=16, use_sliding_window=False))
 
 
 def test_config_defaults_and_plans():

@@ -10,18 +10,32 @@ from difflib import get_close_matches
 from transformers import PretrainedConfig
 
 from ..errors import InputError
-from .family import Experts, Family, head_dim, kv_heads, partial_rotary_factor
+from .family import (
+    Experts,
+    Family,
+    head_dim,
+    kv_heads,
+    layer_kind,
+    partial_rotary_factor,
+    window,
+    window_in_use,
+)
 
 __all__ = ["FAMILIES", "Experts", "Family", "family_of", "head_dim", "kv_heads"]
+__all__ += ["layer_kind", "window", "window_in_use"]
 
 
-def _sliding_window(config: PretrainedConfig) -> str | None:
-    window = getattr(config, "sliding_window", None)
+def _layers(config: PretrainedConfig) -> str | None:
+    """Why its kinds of layers cannot be converted."""
     kinds = getattr(config, "layer_types", None) or []
-    used = "sliding_attention" in kinds or (window is not None and not kinds)
-    if used and window < config.max_position_embeddings:
-        return f"attends through a sliding window of {window} tokens"
-    return None
+    odd = sorted({*map(str, kinds)} - {"full_attention", "sliding_attention"})
+    if odd:
+        return f"has layers of {odd[0]} (layer_types)"
+    if kinds and len(kinds) != config.num_hidden_layers:
+        return f"has {config.num_hidden_layers} layers and {len(kinds)} layer_types"
+    size = getattr(config, "sliding_window", None)
+    used = "sliding_attention" in kinds or (size is not None and not kinds)
+    return f"slides a window of {size} tokens" if used and (size is None or size < 1) else None
 
 
 def _any(**reasons: str) -> Callable[[PretrainedConfig], str | None]:
@@ -51,23 +65,24 @@ def _opt(config: PretrainedConfig) -> str | None:
 _QWEN_EXPERTS = Experts(
     "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 )
+_CLIPPED = _any(clip_qkv="clips queries, keys and values (clip_qkv)")
+_BOTH_WAYS = _any(use_bidirectional_attention="attends to later tokens")
 _QK_NORM = _any(qk_layernorm="normalises queries and keys (qk_layernorm)")
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", llama_decoder=True),
-        Family("mistral", llama_decoder=True, refuse=_sliding_window),
-        Family("qwen2", llama_decoder=True, refuse=_sliding_window),
-        Family("phi3", fused="qkv_proj", rotary="partial", refuse=_sliding_window),
+        Family("mistral", llama_decoder=True),
+        Family("qwen2", llama_decoder=True),
+        Family("phi3", fused="qkv_proj", rotary="partial"),
         Family(
             "mixtral",
             experts=Experts(
                 "block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
             ),
-            refuse=_sliding_window,
         ),
-        Family("qwen2_moe", experts=_QWEN_EXPERTS, refuse=_sliding_window),
+        Family("qwen2_moe", experts=_QWEN_EXPERTS),
         Family(
             "stablelm",
             rotary="partial",
@@ -86,11 +101,11 @@ FAMILIES = {
             rotary="partial",
             parallel=lambda config: config.use_parallel_residual,
         ),
-        Family("olmo", refuse=_any(clip_qkv="clips queries, keys and values (clip_qkv)")),
+        Family("olmo", refuse=_CLIPPED),
         Family(
             "gemma",
             embed_scale=lambda config: config.hidden_size**0.5,
-            refuse=_any(use_bidirectional_attention="attends to later tokens"),
+            refuse=_BOTH_WAYS,
         ),
         Family(
             "gpt2",
@@ -114,16 +129,30 @@ FAMILIES = {
             refuse=_opt,
         ),
         Family("seed_oss", llama_decoder=True),
-        Family("qwen3", qk_norm=True, refuse=_sliding_window),
-        Family("qwen3_moe", qk_norm=True, experts=_QWEN_EXPERTS, refuse=_sliding_window),
+        Family("qwen3", qk_norm="head"),
+        Family("qwen3_moe", qk_norm="head", experts=_QWEN_EXPERTS),
+        Family("olmo2", qk_norm="all", post_norm="post_attention_layernorm"),
+        Family("olmo3", qk_norm="all", post_norm="post_attention_layernorm"),
+        Family(
+            "gemma3_text",
+            qk_norm="head",
+            norms_from=1.0,
+            scale=lambda config: config.query_pre_attn_scalar**-0.5,
+            embed_scale=lambda config: config.hidden_size**0.5,
+            post_norm="post_attention_layernorm",
+            refuse=_BOTH_WAYS,
+        ),
+        Family("olmoe", qk_norm="all", experts=_QWEN_EXPERTS, refuse=_CLIPPED),
+        Family("starcoder2"),
     )
 }
 
 _LATENT = "has multi-head latent attention already, and a cache that small"
 _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
-_NORM = "normalises queries and keys otherwise than Qwen3 does, which is not supported yet"
-_WINDOWS = "slides a window in some layers and not in others, which is not supported yet"
+_NORM = "normalises queries and keys in a way that is not supported yet"
+_CAPPED = "caps its scores or mixes kinds of layers in a way that is not supported yet"
+_IMAGES = "reads images too (its language model alone, gemma3_text, is supported)"
 _ALIBI = "adds biases by distance to its scores (ALiBi), which is not supported yet"
 
 # Model types that are known and not converted, and why.
@@ -136,8 +165,9 @@ REFUSED = {
         _NOT_CAUSAL: "albert bart bert camembert deberta deberta-v2 distilbert electra marian "
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
-        _NORM: "flex_olmo hunyuan_v1_dense olmo2 olmo3 olmoe",
-        _WINDOWS: "cohere2 gemma2 gemma3 gemma3_text",
+        _NORM: "flex_olmo hunyuan_v1_dense",
+        _CAPPED: "cohere2 gemma2",
+        _IMAGES: "gemma3",
         _ALIBI: "bloom mpt",
     }.items()
     for model_type in model_types.split()
@@ -162,7 +192,7 @@ def family_of(config: PretrainedConfig) -> Family:
             f"model_type {model_type!r} is not supported{hint}. Supported: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
-    reason = family.refuse(config)
+    reason = _layers(config) or family.refuse(config)
     if family.rotary == "whole" and partial_rotary_factor(config) != 1:
         reason = f"rotates a part of its heads ({partial_rotary_factor(config)})"
     if reason:

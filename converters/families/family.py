@@ -26,6 +26,27 @@ def partial_rotary_factor(config: PretrainedConfig) -> float:
     return (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
 
 
+def layer_kind(config: PretrainedConfig, layer: int) -> str | None:
+    """What the config calls the layer, in models whose layers differ: "sliding_attention", ..."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds[layer] if kinds else None
+
+
+def window(config: PretrainedConfig, layer: int) -> int | None:
+    """How many keys a query of the layer reads, its own and those before it; None for all."""
+    if layer_kind(config, layer) not in (None, "sliding_attention"):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def window_in_use(config: PretrainedConfig) -> int | None:
+    """The window of some layer that a text can outgrow; None for none."""
+    sizes = [window(config, layer) for layer in range(config.num_hidden_layers)]
+    least = min((size for size in sizes if size is not None), default=None)
+    longest = getattr(config, "max_position_embeddings", None)
+    return None if least is None or (longest and longest <= least) else least
+
+
 @dataclass(frozen=True)
 class Experts:
     """How a checkpoint stores what the model holds as one tensor for all experts of a layer.
@@ -54,10 +75,13 @@ class Family:
         buffers: tensors of the attention module that no weight is lost with.
         rotary: which part of a head is rotated: the "whole", the part that the config says
             ("partial"), or "none".
-        qk_norm: an RMS norm of each head's query and key, before their rotation, of families that
-            rotate whole heads.
+        qk_norm: an RMS norm of queries and of keys before their rotation, of each "head" by itself
+            or of "all" together, in families that rotate whole heads; None for none.
+        norms_from: what their weights are stored less of.
+        scale: what scores are multiplied with.
         positions: the table of learned positions; the first is the one in row `first_position`.
         embed_scale: what embeddings are multiplied with.
+        post_norm: path, in a layer, of the norm between attention and the residual stream.
         parallel: whether the MLP's output joins the residual stream together with attention's.
         experts: of a mixture of experts.
         llama_decoder: all but the attention is Llama's, so that other models' classes can hold it.
@@ -76,10 +100,15 @@ class Family:
     transposed: bool = False
     buffers: frozenset[str] = frozenset({"rotary_emb.inv_freq"})
     rotary: Literal["whole", "partial", "none"] = "whole"
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
+    norms_from: float = 0.0
+    scale: Callable[[PretrainedConfig], float] = field(
+        default=lambda config: head_dim(config) ** -0.5
+    )
     positions: str | None = None
     first_position: int = 0
     embed_scale: Callable[[PretrainedConfig], float] = field(default=lambda config: 1.0)
+    post_norm: str | None = None
     parallel: Callable[[PretrainedConfig], bool] = field(default=lambda config: False)
     experts: Experts | None = None
     llama_decoder: bool = False
@@ -101,6 +130,7 @@ class Family:
         tensors: Mapping[str, Tensor],
         inv_freq: Float[Tensor, " R2"],
         attention_factor: float,
+        window: int | None = None,
     ) -> AttentionMaps:
         """The maps of a layer, in float64.
 
@@ -113,6 +143,7 @@ class Family:
             tensors: the layer's attention tensors, by their names without the prefix.
             inv_freq: radians per position, of the rotated pairs.
             attention_factor: what the rotary embedding multiplies cos and sin with.
+            window: how many keys a query reads; None for all.
 
         Raises:
             InputError: a tensor is left over, so the layer is not what this family describes.
@@ -125,7 +156,12 @@ class Family:
         o, o_bias = (self._pop(left, self.o, kind) for kind in ("weight", "bias"))
         norms: dict[str, Any] = {}
         if self.qk_norm:
-            norms = {name: self._pop(left, name, "weight") for name in ("q_norm", "k_norm")}
+            counts = {"q_norm": config.num_attention_heads, "k_norm": kv_heads(config)}
+            for name, count in counts.items():
+                weight = self._pop(left, name, "weight")
+                assert weight is not None
+                weight = weight + self.norms_from
+                norms[name] = weight.unflatten(0, (count, -1)) if self.qk_norm == "all" else weight
             norms["norm_eps"] = config.rms_norm_eps
         if left:
             raise InputError(
@@ -147,7 +183,8 @@ class Family:
             o=o.unflatten(1, (config.num_attention_heads, -1)),
             o_bias=o_bias,
             inv_freq=torch.cat([inv_freq, still]).double(),
-            scaling=width**-0.5 * (attention_factor**2 if rotated else 1.0),
+            scaling=self.scale(config) * (attention_factor**2 if rotated else 1.0),
+            window=window,
             **norms,
         )
 
@@ -170,7 +207,9 @@ class Family:
             else:
                 found[f"{self.fused}.{kind}"] = self._fuse(list(rows.values()))
         found[f"{self.o}.weight"], found[f"{self.o}.bias"] = maps.o.flatten(1), maps.o_bias
-        found |= {f"{name}.weight": getattr(maps, name) for name in ("q_norm", "k_norm")}
+        for name in ("q_norm", "k_norm"):
+            weight = getattr(maps, name)
+            found[f"{name}.weight"] = None if weight is None else weight.flatten() - self.norms_from
         return {
             name: self._stored(tensor) if tensor.dim() == 2 else tensor
             for name, tensor in found.items()
