@@ -58,6 +58,8 @@ class MLA:
             all of `inv_freq`.
         q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
             rotated whole alone.
+        energy: the weighted squared error that leaving out each direction of the latent adds, for
+            those that were left out too.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -78,6 +80,7 @@ class MLA:
     q_norm: Float[Tensor, " E"] | None = None
     k_norm: Float[Tensor, " E"] | None = None
     norm_eps: float = 0.0
+    energy: tuple[float, ...] = ()
 
     @property
     def kv_lora_rank(self) -> int:
@@ -304,6 +307,7 @@ def decoupled_mla(
         scaling=maps.scaling,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_a_bias=bias,
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
@@ -333,6 +337,7 @@ def read_key_mla(
         k_rope_bias=bias,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_b_bias=kv_b.new_zeros(kv_b.shape[:2]),
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
@@ -360,6 +365,7 @@ def whole_key_mla(
         rope_on_read=True,
         q_bias=maps.q_bias,
         kv_b_bias=bias,
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
         q_norm=maps.q_norm,
         k_norm=maps.k_norm,
