@@ -290,7 +290,7 @@ def _report(
 
     comparison = None
     if ids is not None:
-        source, name = done.recipe.source, eval_text or ""
+        source, name = done.recipe.source, Path(eval_text or "").name
         comparison = compare(source, done.output, ids, name=name, device=device, progress=progress)
     write_report(report, done, comparison)
 

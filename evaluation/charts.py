@@ -4,7 +4,7 @@ Drawn for the width of a phone: a figure's text is then readable there, and larg
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -119,20 +119,19 @@ def cache(done: Conversion) -> Figure:
     return figure
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure as an SVG file of its own."""
+def svg(draw: Callable[..., Figure], *args: Any) -> bytes:
+    """What a function of this module draws, as an SVG file of its own."""
     content = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(content, format="svg", metadata={"Date": None})
+        draw(*args).savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
 
 
 def _figure(ylabel: str, xlabel: str = "layer") -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     return figure, axes
 
 

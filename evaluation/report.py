@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..converters.convert import FORMS
 from ..converters.errors import InputError
 from ..converters.recipe import Conversion, LayerReport
 from .comparison import Comparison
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CONTEXTS = (4096, 32768, 131072)
 # A browser asks nobody for anything, whatever is in the texts that are shown.
@@ -85,7 +82,8 @@ def report_page(done: Conversion, comparison: Comparison | None = None) -> str:
     """The page's HTML."""
     name = escape(Path(done.recipe.source).name or done.recipe.source)
     title = f"{name} with {escape(FORMS[done.form])}"
-    measured = "" if comparison is None else _comparison(comparison)
+    measured = "" if comparison is None else _perplexity(comparison)
+    samples = "" if comparison is None else _samples(comparison)
     warnings = "".join(f"<p><strong>Warning:</strong> {escape(w)}</p>" for w in done.warnings)
     return f"""<!doctype html>
 <html lang="en">
@@ -104,6 +102,7 @@ def report_page(done: Conversion, comparison: Comparison | None = None) -> str:
 <div class="charts">
 {"".join(_charts(done))}
 </div>
+{samples}
 <h2>What it takes</h2>
 {_sizes(done)}
 <h2>Recipe</h2>
@@ -138,32 +137,34 @@ def _charts(done: Conversion) -> list[str]:
 
     layers = done.layers
     found = [
-        _chart("KV cache", "Bytes that every token adds, over all layers.", charts.cache(done)),
+        _chart(
+            "KV cache",
+            "Bytes that every token adds, over all layers.",
+            charts.svg(charts.cache, done),
+        ),
         _chart(
             "Dims",
             "What each layer was given. Layers whose output suffers more from a small cache get "
             "more of it.",
-            charts.dims(layers),
+            charts.svg(charts.dims, layers),
         ),
     ]
     if any(layer.error is not None for layer in layers):
         note = "Squared error over the squared output, on calibration text that was held out."
-        found.insert(1, _chart("Error of each layer", note, charts.errors(layers)))
+        found.insert(1, _chart("Error of each layer", note, charts.svg(charts.errors, layers)))
     if any(layer.rope_pairs for layer in layers):
         note = "Components of keys that keep RoPE, by frequency; the others are free of position."
-        found.append(_chart("Rotated components", note, charts.rotated(layers)))
+        found.append(_chart("Rotated components", note, charts.svg(charts.rotated, layers)))
     if all(layer.energy for layer in layers):
         note = (
             "What a latent of each rank would leave out, a line a layer; dots are the ranks taken."
         )
-        found.append(_chart("Spectra of the latent", note, charts.spectra(layers)))
+        found.append(_chart("Spectra of the latent", note, charts.svg(charts.spectra, layers)))
     return found
 
 
-def _chart(title: str, note: str, figure: "Figure") -> str:
-    from . import charts
-
-    data = base64.b64encode(charts.svg(figure)).decode()
+def _chart(title: str, note: str, svg: bytes) -> str:
+    data = base64.b64encode(svg).decode()
     return (
         f'<section>\n<h2>{title}</h2>\n<p class="note">{note}</p>\n'
         f'<img alt="{title}: {note}" src="data:image/svg+xml;base64,{data}">\n</section>\n'
@@ -206,28 +207,27 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     return f"<details><summary>Every layer in numbers</summary>{table}</details>"
 
 
-def _comparison(comparison: Comparison) -> str:
+def _perplexity(comparison: Comparison) -> str:
     models = {"before": comparison.source, "after": comparison.converted}
     rows = [
         (name, f"{m.perplexity.perplexity:.3f}", f"{m.kv_bytes_per_token:,}")
         for name, m in models.items()
     ]
     read = comparison.source.perplexity
-    samples = "".join(
-        f"<blockquote>{escape(prompt)}</blockquote>"
-        f'<div class="pair"><div><strong>before</strong>\n{escape(before.strip())}</div>'
-        f"<div><strong>after</strong>\n{escape(after.strip())}</div></div>"
-        for prompt, before, after in zip(
-            comparison.prompts,
-            comparison.source.continuations,
-            comparison.converted.continuations,
-            strict=True,
-        )
-    )
     return f"""<h2>Perplexity</h2>
 <p class="note">On {escape(comparison.text)}: {read.windows} windows of {read.window} tokens.</p>
-{_table(("", "perplexity", "cached bytes a token"), rows)}
-<h2>What the two say</h2>
+{_table(("", "perplexity", "cached bytes a token"), rows)}"""
+
+
+def _samples(comparison: Comparison) -> str:
+    both = comparison.source.continuations, comparison.converted.continuations
+    samples = "".join(
+        f"<blockquote>{escape(prompt.strip())}</blockquote>"
+        f'<div class="pair"><div><strong>before</strong>\n{escape(before.strip())}</div>'
+        f"<div><strong>after</strong>\n{escape(after.strip())}</div></div>"
+        for prompt, before, after in zip(comparison.prompts, *both, strict=True)
+    )
+    return f"""<h2>What the two say</h2>
 <p class="note">Greedy continuations of the text's own words.</p>
 {samples}"""
 
