@@ -17,7 +17,9 @@ def executed(notebook, folder: Path):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: make test does")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: make test does")
     place = {"metadata": {"path": folder}}
-    return nbclient.NotebookClient(notebook, timeout=900, resources=place).execute()
+    return nbclient.NotebookClient(
+        notebook, timeout=900, resources=place, extra_arguments=["--log-level=ERROR"]
+    ).execute()
 
 
 def printed(notebook) -> str:
