@@ -49,7 +49,7 @@ def check_report(path: str | Path, *, force: bool = False) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             f"a report ({path}) is drawn with matplotlib, which is not installed. "
-            "Run: pip install 'rehead[report]'"
+            "Run: pip install matplotlib"
         )
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         what = "is a folder" if path.is_dir() else "is in no folder that can be written to"
