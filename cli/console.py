@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
@@ -24,6 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+QUIET = "No progress: the result, warnings and errors alone."
+VERBOSE = "A line for every step, and the libraries' own messages."
+
 ProgressCall = Callable[[str, int, int, dict], None]
 
 
@@ -33,10 +37,11 @@ def debugging() -> bool:
 
 
 @contextlib.contextmanager
-def results(as_json: bool) -> Iterator[Console]:
+def results(as_json: bool, verbose: bool = False) -> Iterator[Console]:
     """A console on stdout for the result; what anything else prints meanwhile goes to stderr."""
     console = Console(file=sys.stdout, highlight=False)
-    _quiet_libraries()
+    if not verbose:
+        _quiet_libraries()
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield console
 
@@ -69,8 +74,21 @@ def _quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[ProgressCall]:
-    """A function (stage, done, total, info) that draws one bar a stage on stderr."""
+def progress_bars(quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCall]:
+    """A function (stage, done, total, info) that draws one bar a stage on stderr.
+
+    Args:
+        quiet: it does nothing.
+        verbose: it writes a line for every step instead, with the time.
+    """
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose ask for opposites. Give one of them.")
+    if quiet:
+        yield lambda stage, done, total, info: None
+        return
+    if verbose:
+        yield _write_line
+        return
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -86,11 +104,19 @@ def progress_bars() -> Iterator[ProgressCall]:
     def show(stage: str, done: int, total: int, info: dict) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, note="")
-        note = "  ".join(f"{key} {_short(value)}" for key, value in (info or {}).items())
-        bars.update(tasks[stage], completed=done, total=total, note=note)
+        bars.update(tasks[stage], completed=done, total=total, note=_note(info))
 
     with bars:
         yield show
+
+
+def _write_line(stage: str, done: int, total: int, info: dict) -> None:
+    now = time.strftime("%H:%M:%S")
+    print(f"{now} {stage} {done}/{total} {_note(info)}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _note(info: dict | None) -> str:
+    return "  ".join(f"{key} {_short(value)}" for key, value in (info or {}).items())
 
 
 def _short(value: Any) -> str:
@@ -104,6 +130,15 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     near = get_close_matches(value.lower(), allowed, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else f"Use {' or '.join(allowed)}."
     raise typer.BadParameter(f"{option} {value} is unknown. {hint}")
+
+
+def completing(*values: str) -> Callable[[str], list[str]]:
+    """What a shell offers for an option with these values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
 
 
 def size(count: float) -> str:

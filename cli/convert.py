@@ -2,23 +2,45 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .console import choice, print_json, progress_bars, results, size
+from .console import (
+    QUIET,
+    VERBOSE,
+    ProgressCall,
+    choice,
+    completing,
+    print_json,
+    progress_bars,
+    results,
+    size,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZE = "Size of the cache"
 TEXT = "Calibration and healing"
 RUN = "Running"
+REPORT = "Report"
+# What a shell offers for --to, which must not wait for torch.
+FORM_NAMES = ("gqa", "mqa", "mla", "mfa", "mfa-kr")
 
 
 def convert(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or a .gguf file.")
     ],
-    to: Annotated[str, typer.Option(help="The form of attention: gqa, mqa, mla, mfa or mfa-kr.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The form of attention: gqa, mqa, mla, mfa or mfa-kr.",
+            autocompletion=completing(*FORM_NAMES),
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="The folder to write. [dim]Default: MODEL-FORM, here.[/]")
     ] = None,
@@ -84,6 +106,7 @@ def convert(
         str,
         typer.Option(
             help="MLA: decoupled, with a small rotated key; or on-read, keys rotated when read.",
+            autocompletion=completing("decoupled", "on-read"),
             rich_help_panel=SIZE,
         ),
     ] = "decoupled",
@@ -151,6 +174,26 @@ def convert(
         bool,
         typer.Option("--force", help="Replace the model at the output.", rich_help_panel=RUN),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page about the conversion, such as report.html.",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --report: a text to measure both models on, as for rehead evaluate.",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=RUN)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help=VERBOSE, rich_help_panel=RUN)
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=RUN),
@@ -160,7 +203,7 @@ def convert(
 
     For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
     """
-    with results(as_json) as console:
+    with results(as_json, verbose) as console:
         from ..converters import FORMS, POOLINGS, PRESETS, ROPES
         from ..converters import convert as run
 
@@ -170,7 +213,8 @@ def convert(
             choice("--pooling", pooling, list(POOLINGS))
         if preset is not None:
             choice("--preset", preset, list(PRESETS))
-        with progress_bars() as progress:
+        ids = _check_report(model, report, eval_text, force, dry_run)
+        with progress_bars(quiet, verbose) as progress:
             done = run(
                 model,
                 to=to,
@@ -198,6 +242,8 @@ def convert(
                 share_q_dim=share_q_dim,
                 progress=progress,
             )
+            if report is not None:
+                _report(report, done, eval_text, ids, device, progress)
         for line in done.warnings:
             print(f"rehead: warning: {line}", file=sys.stderr)
         if as_json:
@@ -211,6 +257,42 @@ def default_output(model: str, form: str) -> Path:
     path = Path(model)
     name = path.name or path.resolve().name
     return Path(f"{name.removesuffix('.gguf')}-{form}")
+
+
+def _check_report(
+    model: str, report: Path | None, eval_text: str | None, force: bool, dry_run: bool
+) -> "Tensor | None":
+    """The evaluation text's windows, once it is sure that the report can be written."""
+    if report is None:
+        if eval_text is not None:
+            raise typer.BadParameter(
+                "--eval-text is measured for a report. Give --report FILE too."
+            )
+        return None
+    if dry_run and eval_text is not None:
+        raise typer.BadParameter("--dry-run writes no model that --eval-text could measure.")
+    from ..converters.text import read_text
+    from ..evaluation import check_report, comparison_windows
+
+    check_report(report, force=force)
+    return None if eval_text is None else comparison_windows(model, read_text(eval_text))
+
+
+def _report(
+    report: Path,
+    done: Any,
+    eval_text: str | None,
+    ids: "Tensor | None",
+    device: str,
+    progress: ProgressCall,
+) -> None:
+    from ..evaluation import compare, write_report
+
+    comparison = None
+    if ids is not None:
+        source, name = done.recipe.source, Path(eval_text or "").name
+        comparison = compare(source, done.output, ids, name=name, device=device, progress=progress)
+    write_report(report, done, comparison)
 
 
 def _summarize(console: Console, done: Any) -> None:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import ProgressCall, print_json, progress_bars, results, size
+from .console import QUIET, VERBOSE, ProgressCall, print_json, progress_bars, results, size
 
 
 def evaluate(
@@ -31,19 +31,23 @@ def evaluate(
         str | None, typer.Option(help="To compute in. [dim]Default: as stored.[/]")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help=VERBOSE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Measure perplexity, and the bytes a token takes in the KV cache.
 
     The text is cut into consecutive windows of tokens without a BOS, each is seen by itself, and
     perplexity is exp of the mean negative log-likelihood of all tokens but each window's first.
+
+    For example: [bold]rehead evaluate SmolLM2-135M-mla --text test.txt --windows 16[/]
     """
-    with results(as_json) as console:
+    with results(as_json, verbose) as console:
         from ..converters.text import read_text
 
         content = read_text(text)
         names = [model] + ([compare] if compare else [])
-        with progress_bars() as progress:
+        with progress_bars(quiet, verbose) as progress:
             found = [_measure(n, content, window, windows, dtype, device, progress) for n in names]
         result = found[0] | ({"compare": found[1]} if compare else {})
         if as_json:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .console import choice, print_json, progress_bars, results, size
+from .console import QUIET, VERBOSE, choice, print_json, progress_bars, results, size
 
 
 def export(
@@ -43,18 +43,22 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model at the output.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help=VERBOSE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write a converted model for tools that do not know rehead.
 
     GQA and MQA need no export: they are the family's own class already.
+
+    For example: [bold]rehead export SmolLM2-135M-mla --to transformers[/]
     """
-    with results(as_json) as console:
+    with results(as_json, verbose) as console:
         from ..export import FORMATS
         from ..export import export as run
 
         choice("--to", to, list(FORMATS))
-        with progress_bars() as progress:
+        with progress_bars(quiet, verbose) as progress:
             done = run(
                 model,
                 to=to,

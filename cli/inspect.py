@@ -40,6 +40,8 @@ def inspect(
     """Show what MODEL's KV cache takes, how it was converted, and what it could be converted to.
 
     Reads the config alone: no weights are loaded.
+
+    For example: [bold]rehead inspect HuggingFaceTB/SmolLM2-135M[/]
     """
     with results(as_json) as console:
         found = _inspect(model)

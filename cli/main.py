@@ -21,7 +21,6 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 TERMINATED = 143
 
 _settings: dict[str, Any] = {
-    "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "rich",
     "context_settings": {"help_option_names": ["-h", "--help"]},

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .console import choice, print_json, progress_bars, results, size
+from .console import QUIET, VERBOSE, choice, print_json, progress_bars, results, size
 
 TEXT = "Text"
 TRAINED = "What is trained"
@@ -161,6 +161,10 @@ def uptrain(
         bool,
         typer.Option("--force", help="Replace what is at the output.", rich_help_panel=RUN),
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=RUN)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help=VERBOSE, rich_help_panel=RUN)
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=RUN),
@@ -172,7 +176,7 @@ def uptrain(
 
     On several GPUs: [bold]accelerate launch -m rehead.uptraining DIR --data ...[/]
     """
-    with results(as_json) as console:
+    with results(as_json, verbose) as console:
         from ..uptraining import Interrupted, UptrainConfig
         from ..uptraining import uptrain as run
 
@@ -204,7 +208,7 @@ def uptrain(
             dtype=dtype,
         )
         try:
-            with progress_bars() as progress:
+            with progress_bars(quiet, verbose) as progress:
                 done = run(
                     config,
                     output=output or _default_output(model),

@@ -1,6 +1,6 @@
 """Weights to weights: a pretrained model's attention in another form."""
 
-from .convert import FORMS, convert
+from .convert import FORMS, convert, plan
 from .errors import InputError
 from .gqa import POOLINGS
 from .maps import AttentionMaps
@@ -18,4 +18,5 @@ __all__ = [
     "LayerReport",
     "Recipe",
     "convert",
+    "plan",
 ]

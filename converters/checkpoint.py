@@ -12,14 +12,16 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from .errors import InputError, one_line
+from .errors import InputError, near_path, one_line
 from .folder import SIDE_FILES, check_folder
 from .shards import Entry, read_entries, read_json
 from .writer import Writer
@@ -149,7 +151,7 @@ def locate(model: str | Path, *, cache_dir: str | Path | None = None) -> Path:
         raise InputError(f"{path} is a file but no .gguf. Give a folder, a .gguf file or a hub id.")
     name = str(model)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or path.suffix.lower() == ".gguf":
-        raise InputError(f"{name}: no such file or folder.")
+        raise InputError(f"{name}: no such file or folder.{near_path(path)}")
     return _download(name, cache_dir)
 
 
@@ -173,13 +175,14 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
     except RepositoryNotFoundError as error:
         raise InputError(
             f"{name} is neither a file or folder here nor a model on the hub (or it is private)."
+            f"{near_path(Path(name))}"
         ) from error
     # The hub's client raises the errors of its HTTP library as they are; whatever went wrong,
     # the model could not be had.
     except Exception as error:
         raise InputError(
             f"{name} is no file or folder here, and the hub could not be reached for it "
-            f"({one_line(error, 120)}). Give a folder or a .gguf file."
+            f"({one_line(error, 120)}). Give a folder or a .gguf file.{near_path(Path(name))}"
         ) from error
     check_folder(Path(folder))
     return Path(folder)
@@ -214,9 +217,11 @@ def read_config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         if f"`{model_type}`" in str(error) or "auto_map" in content:
+            near = get_close_matches(model_type, CONFIG_MAPPING_NAMES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(
                 f"{path} is of the model type {model_type!r}, which the installed transformers "
-                "does not know; code that comes with a checkpoint is not run."
+                f"does not know; code that comes with a checkpoint is not run.{hint}"
             ) from error
         raise InputError(f"{file} does not describe a model: {one_line(error)}") from error
 

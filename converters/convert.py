@@ -180,6 +180,22 @@ def convert(
     return result(output, widths, layers)
 
 
+def plan(model: str, *, to: str = "mla", **options: Any) -> Conversion:
+    """What `convert` would do: every layer's dims, and the cache before and after.
+
+    The source runs over the calibration text, since dims are chosen by measured error; nothing is
+    written. `inspection.offers` tells the forms and sizes from the config alone.
+
+    Args:
+        options: those of `convert`, but for `output`, `dry_run`, `resume` and `force`.
+
+    Raises:
+        InputError: what was asked cannot be done.
+    """
+    with tempfile.TemporaryDirectory(prefix="rehead-") as scratch:
+        return convert(model, to=to, output=Path(scratch) / "none", dry_run=True, **options)
+
+
 def resume_note(
     recipe: Recipe, source: Source, tokens: Tensor, device: torch.device
 ) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """The one exception that means "the user asked for something that cannot be done"."""
 
+from difflib import get_close_matches
+from pathlib import Path
+
 
 class InputError(ValueError):
     """A user's mistake or bad input, told in one line: what was asked, what is true, what to do.
@@ -17,3 +20,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of an error from another library, on one line and not endless."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def near_path(path: Path) -> str:
+    """ " Did you mean X?" where something of nearly that name lies in the same folder; else ""."""
+    try:
+        names = [item.name for item in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f" Did you mean {path.with_name(near[0])}?" if near else ""

@@ -170,6 +170,8 @@ class Job:
                     closed,
                     error,
                     parameters,
+                    len(form.inv_freq),
+                    getattr(form, "energy", ()),
                 )
             )
             self.progress(stage, layer + 1, self.layers, {"error": error})

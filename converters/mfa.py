@@ -17,6 +17,7 @@ of the key head, n rotated components in it, L share_q_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,8 @@ class MFA:
         v: the value head; None in MFA-KR.
         reuse, reuse_gate: N and alpha of MFA-KR; None in MFA.
         window: how many keys a query reads; None for all.
+        energy: of MFA-KR, the weighted squared error that leaving out each position-free direction
+            adds, for those that were left out too.
     """
 
     q: Float[Tensor, "H C Din"]
@@ -87,6 +90,7 @@ class MFA:
     k_bias: Float[Tensor, " C"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
     window: int | None = None
+    energy: tuple[float, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -227,7 +231,8 @@ def mfa_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims],
         gate = reading.new_ones(dims.head_dim)
         reuse = reading - torch.eye(dims.head_dim).to(reading)
         reused = dict(reuse=reuse, reuse_gate=gate)
-        return _assemble(maps, split, kronecker, up[:keys], down, v_up, **reused)
+        form = _assemble(maps, split, kronecker, up[:keys], down, v_up, **reused)
+        return replace(form, energy=tuple(factors.energy.tolist()))
 
     return build
 
@@ -239,7 +244,7 @@ def _assemble(
     up: Float[Tensor, "GE F"],
     down: Float[Tensor, "F D"],
     v_up: Float[Tensor, "GV C"],
-    **values: Tensor,
+    **values: Any,
 ) -> MFA:
     """The layer with key directions `down`, its heads' queries and outputs folded."""
     k_up = up.unflatten(0, (maps.kv_heads, -1)).repeat_interleave(maps.repeats, 0)  # [H, E, F]

@@ -59,6 +59,8 @@ class MLA:
         q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
             rotated whole alone.
         window: how many keys a query reads; None for all.
+        energy: the weighted squared error that leaving out each direction of the latent adds, for
+            those that were left out too.
     """
 
     q: Float[Tensor, "H Q Din"]
@@ -80,6 +82,7 @@ class MLA:
     k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
     window: int | None = None
+    energy: tuple[float, ...] = ()
 
     @property
     def kv_lora_rank(self) -> int:
@@ -308,6 +311,7 @@ def decoupled_mla(
         window=maps.window,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_a_bias=bias,
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
@@ -338,6 +342,7 @@ def read_key_mla(
         k_rope_bias=bias,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_b_bias=kv_b.new_zeros(kv_b.shape[:2]),
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
     )
 
@@ -366,6 +371,7 @@ def whole_key_mla(
         rope_on_read=True,
         q_bias=maps.q_bias,
         kv_b_bias=bias,
+        energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
         q_norm=maps.q_norm,
         k_norm=maps.k_norm,

@@ -43,6 +43,9 @@ class LayerReport:
         dims: its dims by the config's names.
         closed_form_error: before anything is fitted beyond the moments.
         parameters: of the source's attention and the converted one.
+        pairs: how many frequencies the source has, which `rope_pairs` are indices of.
+        energy: the weighted squared error that leaving out each direction of the latent adds, by
+            falling importance; those that were left out are the last.
     """
 
     layer: int
@@ -51,10 +54,12 @@ class LayerReport:
     closed_form_error: float | None = None
     error: float | None = None
     parameters: tuple[int, int] | None = None
+    pairs: int = 0
+    energy: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, the dims among the rest."""
-        fields = asdict(self)
+        """Flat, the dims among the rest; without the spectrum, which is long."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("pairs", "energy")}
         return {"layer": fields.pop("layer")} | fields.pop("dims") | fields
 
 

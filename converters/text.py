@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, one_line
+from .errors import InputError, near_path, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
@@ -44,7 +44,7 @@ def read_text(spec: str | Path) -> str:
     elif path.is_dir():
         raise InputError(f"{path} is a folder. Give a .txt or .jsonl file.")
     elif name.endswith(SUFFIXES) or str(spec).startswith((".", "/", "~")):
-        raise InputError(f"{path}: no such file.")
+        raise InputError(f"{path}: no such file.{near_path(path)}")
     else:
         text = _from_hub(str(spec))
     if not text.strip():

@@ -5,15 +5,22 @@ Importing this package makes rehead's own model classes known to transformers.
 
 from .cache import cache_bytes_of_config, kv_bytes_per_token
 from .capacity import Capacity, capacity, parameter_counts
+from .comparison import Comparison, Measured, compare, comparison_windows
 from .generation import continuation
 from .loading import load_config, load_model, load_tokenizer
 from .perplexity import Perplexity, perplexity
+from .report import check_report, report_page, write_report
 
 __all__ = [
     "Capacity",
+    "Comparison",
+    "Measured",
     "Perplexity",
     "cache_bytes_of_config",
     "capacity",
+    "check_report",
+    "compare",
+    "comparison_windows",
     "continuation",
     "kv_bytes_per_token",
     "load_config",
@@ -21,4 +28,6 @@ __all__ = [
     "load_tokenizer",
     "parameter_counts",
     "perplexity",
+    "report_page",
+    "write_report",
 ]

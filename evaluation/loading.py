@@ -15,7 +15,7 @@ from transformers import (
 # Imported for what it does: it registers rehead's classes with transformers.
 from .. import modeling  # noqa: F401
 from ..converters.checkpoint import locate, open_source, read_config
-from ..converters.errors import InputError, one_line
+from ..converters.errors import InputError, near_path, one_line
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -31,7 +31,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
     except Exception as error:
         raise InputError(
             f"{model} is no file or folder here, and not to be had from the hub "
-            f"({one_line(error, 120)})."
+            f"({one_line(error, 120)}).{near_path(Path(model))}"
         ) from error
 
 

@@ -47,11 +47,17 @@ CONVERT_OPTIONS = {
     "--dry-run",
     "--resume",
     "--force",
+    "--report",
+    "--eval-text",
+    "--quiet",
+    "--verbose",
     "--json",
 }
 EVALUATE_OPTIONS = {"--text", "--window", "--windows", "--compare", "--dtype", "--device", "--json"}
+EVALUATE_OPTIONS |= {"--quiet", "--verbose"}
 EXPORT_OPTIONS = {"--to", "--output", "--calibration", "--samples", "--norm-rows"}
-EXPORT_OPTIONS |= {"--push-to-hub", "--private", "--force", "--json"}
+EXPORT_OPTIONS |= {"--push-to-hub", "--private", "--force", "--json", "--quiet", "--verbose"}
+COMPLETION = {"--install-completion", "--show-completion"}
 
 
 def script(name, *args, **options):
@@ -83,9 +89,9 @@ def test_the_options_are_those_that_scripts_depend_on():
     wide = os.environ | {"COLUMNS": "200"}
     shown = script("convert", "--help", env=wide)
     assert shown.returncode == 0
-    assert options_of(shown.stdout) == CONVERT_OPTIONS | {"--help"}
+    assert options_of(shown.stdout) == CONVERT_OPTIONS | {"--help"} | COMPLETION
     same = script("rehead", "convert", "--help", env=wide)
-    assert options_of(same.stdout) == options_of(shown.stdout)
+    assert options_of(same.stdout) == CONVERT_OPTIONS | {"--help"}
     shown = script("rehead", "evaluate", "--help", env=wide)
     assert options_of(shown.stdout) == EVALUATE_OPTIONS | {"--help"}
     shown = script("rehead", "export", "--help", env=wide)
@@ -132,6 +138,10 @@ MISTAKES = {
     "window too long": (["evaluate", "{model}", "--text", "{text}", "--window", "9999"], "1800"),
     "no such text": (["evaluate", "{model}", "--text", "no.txt"], "no.txt: no such file"),
     "no such model": (["evaluate", "./no", "--text", "{text}"], "no such file or folder"),
+    "near text": (["evaluate", "{model}", "--text", "{text}t"], "Did you mean"),
+    "near model": (["evaluate", "{model}y", "--text", "{text}"], "Did you mean {model}?"),
+    "near model to inspect": (["inspect", "{model}y"], "Did you mean {model}?"),
+    "quiet and verbose": (["convert", "{model}", "--to", "mla", "-q", "-v"], "opposites"),
     "no such device": (
         ["evaluate", "{model}", "--text", "{text}", "--device", "cuda:9"],
         "cuda:9 cannot be used",
@@ -158,7 +168,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, inputs, capsys):
     assert code == 2
     assert out == ""
     assert last.startswith("rehead: ")
-    assert message in last
+    assert message.format(**places) in last
     assert "Traceback" not in err
 
 
@@ -166,6 +176,14 @@ def test_a_mistake_reaches_the_shell_as_exit_code_2(inputs):
     done = script("rehead", "evaluate", inputs[0], "--text", "no.txt", "--json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "rehead: no.txt: no such file.\n"
+
+
+def test_a_mistyped_family_is_told_the_near_one(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    code, _, err = run(capsys, "convert", folder, "--to", "mla")
+    assert code == 2
+    assert "Did you mean 'llama'?" in err.splitlines()[-1]
 
 
 def test_no_arguments_show_the_help(capsys):
@@ -266,6 +284,19 @@ def test_json_is_all_that_stands_on_stdout(conversion, capsys):
     code, out, _ = run(capsys, "m", "--to", "mla", command="convert")
     assert "1000 B -> 500 B (50.0%)" in out
     assert "1 min 1 s, 3.00 GiB" in out
+
+
+def test_quiet_and_verbose(conversion, capsys):
+    def act(options):
+        for done in (0, 1, 2):
+            options["progress"]("layers", done, 2, {"error": 0.5})
+
+    conversion.act = act
+    for flag, told in (("--quiet", ""), ("--verbose", r"[\d:]{8} layers 0/2 error 0.5\n(.+\n){2}")):
+        code, out, err = run(capsys, "m", "--to", "mla", flag, command="convert")
+        assert code == 0
+        assert re.fullmatch(told, err)
+        assert "Written to m-mla" in out
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
-from rehead.converters import FORMS, ROPES, InputError, convert, job, targets
+from rehead.converters import FORMS, ROPES, InputError, convert, job, plan, targets
 from rehead.converters.checkpoint import open_source
 from rehead.converters.rope_split import Components, rope_base, standard_rope_pairs
 from rehead.evaluation import kv_bytes_per_token
@@ -785,3 +785,15 @@ def test_the_real_model_is_converted_well(tmp_path):
     before = perplexity(load_model(folder), text).perplexity
     after = perplexity(load_model(tmp_path / "mla"), text).perplexity
     assert before < after < 1.35 * before
+
+
+def test_a_plan_says_what_a_conversion_would_do(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    asked = dict(to="mla", heal=0, samples=4, calibration="text.txt", kv_budget=0.4)
+    planned = plan(str(saved), **asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+    done = convert(str(saved), output="out", **asked)
+    assert planned.output is None
+    assert [layer.dims for layer in planned.layers] == [layer.dims for layer in done.layers]
+    assert planned.kv_bytes_per_token == done.kv_bytes_per_token

@@ -74,7 +74,8 @@ def test_the_installed_wheel_works_without_the_repository(wheel, tmp_path):
 
 
 def test_every_dependency_is_pinned_for_reproducible_set_up():
-    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    project = PROJECT["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
     bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in wanted)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
