@@ -52,7 +52,7 @@ def run(
     eval_windows: int = 64,
     methods: str = ";".join(METHODS),
     learning_rate: float | None = None,
-    rank: int = 32,
+    rank: int = 128,
 ) -> None:
     """Trains what is not in the results yet."""
     logging.disable_progress_bar()

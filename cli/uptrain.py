@@ -72,7 +72,9 @@ def uptrain(
             "--full", help="Train the weights themselves, no adapter.", rich_help_panel=TRAINED
         ),
     ] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.", rich_help_panel=TRAINED)] = 32,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Of the adapter.", rich_help_panel=TRAINED)
+    ] = 128,
     alpha: Annotated[
         float | None,
         typer.Option(

@@ -49,7 +49,8 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     code = {path.name for path in tmp_path.glob("*.py")}
-    modules = ("converted_attention", "converted_config", "converted_model", "rope_slots", family)
+    shared = ("converted_attention", "converted_config", "converted_model")
+    modules = (*shared, "read_kernel", "rope_slots", family)
     forms = ("gqa", "mfa", "mla", "mfa_config", "mla_config")
     assert code == {f"{name}.py" for name in (*modules, *forms)}
     loaded.save_pretrained(tmp_path / "again")

@@ -41,7 +41,7 @@ UPTRAIN_OPTIONS = {
     *("--eval-windows", "--window", "--target", "--full", "--rank", "--alpha", "--dora"),
     *("--pissa", "--rslora", "--ce-weight", "--match-weight", "--learning-rate", "--warmup"),
     *("--batch", "--micro-batch", "--evaluations", "--seed", "--dtype", "--device"),
-    *("--report-to", "--resume", "--force", "--json"),
+    *("--report-to", "--resume", "--force", "--quiet", "--verbose", "--json"),
 }
 
 

@@ -58,7 +58,7 @@ class UptrainConfig:
     evaluations: int = 8
     target: str = "attention"
     full: bool = False
-    rank: int = 32
+    rank: int = 128
     alpha: float | None = None
     dora: bool = False
     pissa: bool = False
