@@ -33,5 +33,6 @@ class Activations:
         return Activations(self.x[rows], self.y[rows], self.weights[rows])
 
     def until(self, tokens: int) -> "Activations":
-        """The start of every sequence, which causal attention computes by itself."""
-        return Activations(self.x[:, :tokens], self.y[:, :tokens], self.weights[:, :tokens])
+        """A copy of the start of every sequence, which causal attention computes by itself."""
+        parts = (part[:, :tokens].clone() for part in (self.x, self.y, self.weights))
+        return Activations(*parts)

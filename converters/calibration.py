@@ -14,7 +14,8 @@ up to the block's end.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -31,6 +32,9 @@ GRADIENT_POWER = 0.5
 
 # Queries attended at a time: few enough to leave out most of the future and to stay in cache.
 QUERIES_AT_ONCE = 256
+
+# Tokens whose gradients are weighted at a time.
+TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,19 @@ class Kronecker:
     gradients: Float[Tensor, "M M"]
     inputs: Float[Tensor, "D D"]
     mean: Float[Tensor, " D"]
+
+
+def in_precision(moments: Any, dtype: torch.dtype) -> Any:
+    """The moments, a dataclass or None, with all their tensors in that precision.
+
+    They are sums of single-precision products, and are kept in it.
+    """
+    if isinstance(moments, Tensor):
+        return moments.to(dtype.to_complex() if moments.is_complex() else dtype)
+    if not is_dataclass(moments) or isinstance(moments, type):
+        return moments
+    parts = ((f.name, getattr(moments, f.name)) for f in fields(moments))
+    return replace(moments, **{name: in_precision(part, dtype) for name, part in parts})
 
 
 def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Iterator[Attended]:
@@ -196,7 +213,7 @@ def probe_gradients(
             # Summed over a group's heads in the product itself.
             keys[i, :, : seen.rows.stop] += scores.flatten(1, 2).mT @ q.flatten(1, 2)
             values[i, :, : seen.rows.stop] += weights.flatten(1, 2).mT @ heads.flatten(1, 2)
-    keys, values = keys.transpose(1, 2) * maps.scaling, values.transpose(1, 2)
+    keys, values = keys.transpose(1, 2).mul_(maps.scaling), values.transpose(1, 2)
     if rotated:
         keys[..., :rotated] = rotate(keys[..., :rotated], -angles)
     if maps.k_norm is not None and unrotated_q is None:
@@ -270,11 +287,12 @@ def kronecker(x: Float[Tensor, "N T D"], gradients: Float[Tensor, "N T M"]) -> K
     inputs = (centred * importance[:, None]).T @ centred
     size = ((centred @ inputs) * centred).sum(1).clamp_min(0) ** GRADIENT_POWER
     size = size / size.sum().clamp_min(1e-30)
-    return Kronecker(
-        gradients=((gradients * size[:, None]).T @ gradients).double(),
-        inputs=inputs.double(),
-        mean=mean.double(),
-    )
+    moment = gradients.new_zeros(gradients.shape[1], gradients.shape[1])
+    for rows, scale in zip(
+        gradients.split(TOKENS_AT_ONCE), size.split(TOKENS_AT_ONCE), strict=True
+    ):
+        moment.addmm_((rows * scale[:, None]).T, rows)
+    return Kronecker(moment, inputs, mean)
 
 
 def query_factors(
@@ -293,5 +311,5 @@ def query_factors(
     """
     gradients = query_gradients(maps, x, generator)
     gradients = gradients if order is None else gradients[..., order]
-    moments = kronecker(x, gradients.flatten(2))
+    moments = in_precision(kronecker(x, gradients.flatten(2)), q.dtype)
     return weighted_svd(q.flatten(0, 1), moments.gradients, moments.inputs), moments.mean

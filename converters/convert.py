@@ -145,6 +145,7 @@ def convert(
             attention_parameters=dict(zip(names, map(sum, parameters), strict=False)),
             seconds=time.monotonic() - began,
             peak_rss_bytes=peak_rss_bytes(),
+            parts=dict(job.clock.seconds),
             layers=layers,
             warnings=odd_layers(layers),
             recipe=recipe,

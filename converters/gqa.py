@@ -27,6 +27,7 @@ from .calibration import (
     Kronecker,
     add_by_lag,
     attend,
+    in_precision,
     kronecker,
     output_norms,
     probe_gradients,
@@ -196,6 +197,7 @@ def to_gqa(
         )
     if pooling not in POOLINGS:
         raise InputError(f"pooling {pooling!r} is unknown. Use one of {', '.join(POOLINGS)}.")
+    moments = in_precision(moments, maps.q.dtype)
     if maps.k_norm is not None:
         raise ValueError("heads that share a key would share its norm: not supported.")
     if num_key_value_heads == groups:

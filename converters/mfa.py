@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .calibration import Kronecker, query_factors
+from .calibration import Kronecker, in_precision, query_factors
 from .errors import InputError
 from .lowrank import WeightedSVD
 from .maps import AttentionMaps
@@ -191,14 +191,15 @@ def mfa_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims],
     position-free keys in a singular value decomposition, and the values are then regressed on the
     whole latent.
     """
+    moments = in_precision(moments, maps.q.dtype)
     kronecker, phases = moments.kronecker, moments.phases
     assert phases is not None
     ranked = rope_components(maps, phases)
     keys = maps.kv_heads * maps.qk_dim
-    blocks = kronecker.gradients[:keys, :keys], kronecker.gradients[keys:, keys:]
-    key_svd, value_svd = (WeightedSVD.of(block, kronecker.inputs) for block in blocks)
-    value_factors = value_svd(maps.v.flatten(0, 1))
     joint_svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+    key_svd = joint_svd.under(kronecker.gradients[:keys, :keys])
+    value_svd = joint_svd.under(kronecker.gradients[keys:, keys:])
+    value_factors = value_svd(maps.v.flatten(0, 1))
 
     def build(dims: MFADims) -> MFA:
         split = split_rope(maps, phases, ranked, dims.qk_rope_head_dim // 2)

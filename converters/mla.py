@@ -21,6 +21,7 @@ from torch import Tensor
 from .calibration import (
     Kronecker,
     PhaseMoments,
+    in_precision,
     kronecker,
     phase_moments,
     probe_gradients,
@@ -142,18 +143,20 @@ class MLA:
             if latent_bias is not None:
                 read = self.k_rope @ latent_bias
                 rope_bias = read if rope_bias is None else rope_bias + read
-        k = torch.cat([k, rope.expand(groups, -1, -1)], dim=1)
+        half, count = nope // 2, len(self.rope_pairs)
+        rope = rope.expand(groups, -1, -1)
+        k = torch.cat([k[:, :half], rope[:, :count], k[:, half:], rope[:, count:]], dim=1)
         if rope_bias is not None:
             if k_bias is None:
                 k_bias = k.new_zeros(groups, nope)
             biases["k_bias"] = torch.cat([k_bias, rope_bias.expand(groups, -1)], dim=1)
-        order = half_layout(nope, len(self.rope_pairs))
+        order = half_layout(nope, count)
         for name in ("q_bias", "k_bias"):
             bias = biases[name]
             biases[name] = None if bias is None else bias[:, order]
         chosen = self.inv_freq[list(self.rope_pairs)]
         inv_freq = torch.cat([chosen.new_zeros(nope // 2), chosen])
-        return AttentionMaps(q[:, order], k[:, order], v, self.o, inv_freq, **fixed, **biases)
+        return AttentionMaps(q[:, order], k, v, self.o, inv_freq, **fixed, **biases)
 
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
         """Tensors by the names of the model class' attention module.
@@ -229,6 +232,7 @@ def to_mla(maps: AttentionMaps, moments: MLAMoments, dims: LayerDims) -> MLA:
 
 def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
     """`to_mla` for many dims, with what they have in common done once."""
+    moments = in_precision(moments, maps.q.dtype)
     if moments.rope_on_read:
         return _on_read_builder(maps, moments)
     kronecker, phases = moments.kronecker, moments.phases

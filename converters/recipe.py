@@ -87,6 +87,8 @@ class Conversion:
     """What a conversion did, or with `--dry-run` would do.
 
     Args:
+        parts: seconds of all layers by what was done: "read", "forward", "statistics", "compare
+            dims", "factorise", "fit" (healing and regression), "write" and "verify".
         warnings: a line for every layer whose error is out of the ordinary.
     """
 
@@ -97,6 +99,7 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
     recipe: Recipe
+    parts: dict[str, float] = field(default_factory=dict)
     attention_parameters: dict[str, int] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -61,20 +61,61 @@ def output_step(
     held = max(1, len(seen) // 4)
     if len(seen) < 2:
         return None
+    solve = by_tokens if seen.weights.numel() < o.shape[1] else by_features
+    return solve(features, o, seen, held)
+
+
+def by_features(
+    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations, held: int
+) -> Float[Tensor, "D F"] | None:
+    """`output_step` with the first `held` sequences held out, by equations of F unknowns."""
     fit, test = (
         _normal_equations(features, o, seen[rows]) for rows in (slice(held, None), slice(held))
     )
 
-    def change(delta: Tensor) -> float:  # of the squared error on the held-out quarter
+    def change(ridge: float) -> float:  # of the squared error on the held-out sequences
+        delta = _ridge_step(*fit, ridge)
         return float((delta * (test[0] @ delta - 2 * test[1])).sum())
 
     if not float(fit[0].diagonal().sum()) > 0:
         return None
-    changes = {ridge: change(_ridge_step(*fit, ridge)) for ridge in RIDGES}
-    ridge = min(changes, key=changes.__getitem__)
-    if changes[ridge] >= 0:
+    ridge = _best(change)
+    return None if ridge is None else _ridge_step(fit[0] + test[0], fit[1] + test[1], ridge).mT
+
+
+def by_tokens(
+    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations, held: int
+) -> Float[Tensor, "D F"] | None:
+    """The same by equations of as many unknowns as there are tokens: cheaper if they are few."""
+    found, missing = [], []
+    for z, y, weights in zip(seen.x, seen.y, seen.weights, strict=True):
+        out, root = features(z), weights.sqrt()[:, None]
+        found.append(out * root)
+        missing.append((y - out @ o.T) * root)
+    x, off = torch.cat(found), torch.cat(missing).double()
+    gram = (x @ x.mT).double()
+    test, fit = slice(held * seen.x.shape[1]), slice(held * seen.x.shape[1], None)
+
+    def step(rows: slice, ridge: float) -> Tensor:  # (gram + ridge * a feature's energy)^-1 off
+        damped = gram[rows, rows].clone()
+        damped.diagonal().add_(ridge * damped.diagonal().sum() / x.shape[1])
+        return torch.cholesky_solve(off[rows], torch.linalg.cholesky(damped))
+
+    def change(ridge: float) -> float:
+        moved = gram[test, fit] @ step(fit, ridge)
+        return float((moved * (moved - 2 * off[test])).sum())
+
+    if not float(gram[fit, fit].diagonal().sum()) > 0:
         return None
-    return _ridge_step(fit[0] + test[0], fit[1] + test[1], ridge).mT
+    ridge = _best(change)
+    return None if ridge is None else step(slice(None), ridge).mT @ x.double()
+
+
+def _best(change: Callable[[float], float]) -> float | None:
+    """The ridge that changes the held-out error for the better, and most."""
+    changes = {ridge: change(ridge) for ridge in RIDGES}
+    ridge = min(changes, key=changes.__getitem__)
+    return ridge if changes[ridge] < 0 else None
 
 
 def _ridge_step(

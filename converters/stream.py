@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .activations import Activations
 from .checkpoint import Source
+from .clock import Clock
 from .errors import InputError
 from .families import Family, layer_kind, window
 from .maps import AttentionMaps, visible
@@ -31,6 +32,7 @@ class LayerStream:
         tokens: calibration sequences.
         device: where the layers run.
         low_precision: matrix products in bfloat16; the residual stream stays in float32.
+        clock: counts the seconds of "read" and "forward".
         hidden: the residual stream entering the next layer; None before the first.
     """
 
@@ -39,6 +41,7 @@ class LayerStream:
     tokens: Int[Tensor, "N T"]
     device: torch.device
     low_precision: bool = False
+    clock: Clock = field(default_factory=Clock, repr=False)
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module | None = field(init=False, repr=False)
@@ -84,21 +87,28 @@ class LayerStream:
     def maps(self, layer: int) -> AttentionMaps:
         """The layer's attention, in float64."""
         prefix = self.family.prefix(layer)
-        tensors = {
-            name.removeprefix(prefix): self.source.tensor(name).to(self.device)
-            for name in self.source.names()
-            if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
-        }
         config = self.source.config
         rope = self.inv_freq(layer), self.attention_factor(layer)
-        return self.family.read(config, tensors, *rope, window(config, layer))
+        with self.clock("read"):
+            tensors = {
+                name.removeprefix(prefix): self.source.tensor(name).to(self.device)
+                for name in self.source.names()
+                if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
+            }
+            return self.family.read(config, tensors, *rope, window(config, layer))
 
     @torch.no_grad()
     def advance(self, layer: int) -> Activations:
         """Runs one layer, which must be the next one, and says what its attention saw and did."""
-        if self.hidden is None:
-            self.hidden = self._embed()
-        module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
+        with self.clock("read"):
+            if self.hidden is None:
+                self.hidden = self._embed()
+            module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
+        with self.clock("forward"):
+            return self._run(module, layer)
+
+    def _run(self, module: nn.Module, layer: int) -> Activations:
+        assert self.hidden is not None
         x, y = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
         weights = self.hidden.new_empty(self.tokens.shape)
         config = self.source.config

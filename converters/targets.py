@@ -1,7 +1,7 @@
 """The forms as a conversion wants them: what a cache may hold, and how a layer is built from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -111,7 +111,7 @@ class Target(ABC):
         """A finished layer's dims by name, with those chosen while it was built."""
         return dims.named()
 
-    def shared(self, dims: list[Any], layers: Sequence[tuple[AttentionMaps, Any]]) -> list[Any]:
+    def shared(self, dims: list[Any], layers: Iterable[tuple[AttentionMaps, Any]]) -> list[Any]:
         """The dims with what all layers must have in common."""
         return dims
 
@@ -208,10 +208,13 @@ class MLATarget(Target):
     def shared(self, dims, layers) -> list[LayerDims]:
         if not self.recipe.native:
             return dims
-        ranked = [rope_components(maps, moments.phases) for maps, moments in layers]
+        ranked = []
+        for maps, moments in layers:
+            ranked.append(rope_components(maps, moments.phases))
+            inv_freq = maps.inv_freq
         count = dims[0].qk_rope_head_dim // 2
         if self.engine:
-            pairs = standard_rope_pairs(ranked, count, layers[0][0].inv_freq)
+            pairs = standard_rope_pairs(ranked, count, inv_freq)
         else:
             pairs = shared_rope_pairs(ranked, count)
         return [replace(dim, rope_pairs=pairs) for dim in dims]

@@ -138,4 +138,4 @@ def save(file: Path, item: object) -> None:
 def load(file: Path) -> Any:
     # Written by this program a moment ago, or by the run that is resumed.
     with torch.serialization.safe_globals(KEPT):
-        return torch.load(file, weights_only=True)
+        return torch.load(file, weights_only=True, mmap=True)  # what is not asked for is not read

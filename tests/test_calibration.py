@@ -220,7 +220,7 @@ def test_kronecker_of_equal_gradients_is_the_covariance():
     x = layers.inputs(3)
     signs = torch.randn(3, 24, 5, generator=seeded()).sign()
     found = kronecker(x, signs)
-    flat = x.flatten(0, 1).double()
+    flat = x.flatten(0, 1)
     assert torch.allclose(found.mean, flat.mean(0), atol=1e-5)
     assert torch.allclose(found.inputs, torch.cov(flat.T, correction=0), atol=1e-4)
 

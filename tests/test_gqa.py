@@ -10,7 +10,7 @@ import torch
 from layers import error
 
 from rehead.converters.activations import Activations
-from rehead.converters.calibration import attend, output_norms
+from rehead.converters.calibration import attend, in_precision, output_norms
 from rehead.converters.errors import InputError
 from rehead.converters.families import family_of
 from rehead.converters.gqa import (
@@ -28,7 +28,7 @@ from rehead.converters.grouping import best_partition
 from rehead.converters.healing import heal, output_error
 from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import AttentionMaps, position_angles, reference_attention, rotate
-from rehead.converters.refit import refit_output
+from rehead.converters.refit import by_features, by_tokens, refit_output
 from rehead.converters.shared_key import SharedKey, commuting_key, score_error, shared_key
 
 SHAPES = {
@@ -44,7 +44,7 @@ def seeded(seed=5):
 
 
 def moments_of(maps, x):
-    return gqa_moments(maps, x, seeded())
+    return in_precision(gqa_moments(maps, x, seeded()), torch.float64)
 
 
 def outputs(maps, x):
@@ -484,6 +484,22 @@ def test_refitting_o_is_the_regression(bias):
     exact = to_gqa(maps, None, 4)
     assert error(refit_output(exact, seen).o, maps.o) < 1e-4
     assert refit_output(gqa, seen[:1]) is gqa
+
+
+@pytest.mark.parametrize("count", [8, 60])
+def test_a_regression_by_tokens_is_the_one_by_features(count):
+    """With fewer tokens than features, and with more."""
+    x = layers.inputs(4, count // 4)
+    even = Activations(x, x.roll(1, 2) + x.tanh(), torch.ones(x.shape[:2]))
+    seen = replace(even, weights=torch.logspace(-2, 1, count).view(4, -1))
+    o = torch.zeros(x.shape[-1], 2 * x.shape[-1])
+
+    def features(x):
+        return torch.cat([x, x.sin()], dim=1)
+
+    found, wanted = (f(features, o, seen, 1) for f in (by_tokens, by_features))
+    assert error(found, wanted) < 2e-3
+    assert error(by_tokens(features, o, even, 1), wanted) > 1e-2
 
 
 def test_refitting_respects_the_weights_of_tokens():

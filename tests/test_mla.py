@@ -9,7 +9,7 @@ import tiny
 import torch
 from layers import error
 
-from rehead.converters.calibration import kronecker
+from rehead.converters.calibration import in_precision, kronecker
 from rehead.converters.errors import InputError
 from rehead.converters.families import family_of
 from rehead.converters.lowrank import weighted_svd
@@ -45,7 +45,7 @@ def seeded(seed=5):
 
 
 def moments_of(maps, x, kind="decoupled"):
-    return mla_moments(maps, x, seeded(), kind != "decoupled")
+    return in_precision(mla_moments(maps, x, seeded(), kind != "decoupled"), maps.q.dtype)
 
 
 # Keys rotated when they are read: whole, or one rotated key that is read from the latent.
@@ -443,7 +443,7 @@ def test_kronecker_factors_stand_for_keys_first():
     quiet: AttentionMaps = replace(maps, q=1e-4 * maps.q)
     softened = moments_of(quiet, x).kronecker.gradients.diagonal()
     assert softened[:16].max() < 1e-4 * softened[16:].min()
-    assert torch.allclose(kronecker(x, torch.ones(4, 24, 3)).gradients, torch.ones(3, 3).double())
+    assert torch.allclose(kronecker(x, torch.ones(4, 24, 3)).gradients, torch.ones(3, 3))
 
 
 @pytest.mark.parametrize("still", [2, 4])
