@@ -401,7 +401,7 @@ def test_what_stands_at_the_output_is_replaced_only_when_asked(tmp_path, monkeyp
     def fault(*args):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("rehead.export.run.native_card", fault)
+    monkeypatch.setattr("rehead.export.run.stock_card", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         export(tmp_path / "in", to="transformers", output=tmp_path / "out", force=True)
     assert (
