@@ -9,7 +9,7 @@ def register() -> None:
     """Has vLLM run rehead's GQA classes by its Transformers backend, without `trust_remote_code`.
 
     Importing this module has registered every class with the Auto classes. MLA and MFA are left
-    out: that backend would cache their keys and values whole, or not at all.
+    out, for that backend knows no cache of their widths: MLA is exported to a stock class instead.
     """
     try:
         from vllm import ModelRegistry
