@@ -218,7 +218,7 @@ def test_with_the_plugin_no_remote_code_is_needed(tmp_path):
     """Importing it is enough for the Auto classes, in a process of its own."""
     folders.save_for_engines(tmp_path / "in")
     code = (
-        "import sys\nfrom rehead.modeling.vllm_plugin import register\nregister()\n"
+        "import sys\nfrom rehead.modeling import register_in_vllm\nregister_in_vllm()\n"
         "from transformers import AutoConfig\n"
         "config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
         "print(type(config).__module__)"
