@@ -16,23 +16,30 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="transformers: a stock class of transformers, without loss. gguf: llama.cpp's "
-            "deepseek2, of a model converted with --preset engine."
+            help="transformers: a stock class of transformers, without loss. deepseek: "
+            "DeepseekV3ForCausalLM, which vLLM and SGLang have too, and gguf: llama.cpp's "
+            "deepseek2, both of a model converted with --preset engine."
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="What to write. [dim]Default: DIR-transformers or DIR.gguf, here.[/]"),
+        typer.Option(help="What to write. [dim]Default: DIR-FORMAT or DIR.gguf, here.[/]"),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="gguf: a text as for convert. [dim]Default: rehead's own.[/]"
+            metavar="FILE",
+            help="deepseek, gguf: a text as for convert. [dim]Default: rehead's own.[/]",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="gguf: calibration sequences.")] = 12,
+    samples: Annotated[
+        int, typer.Option(min=2, help="deepseek, gguf: calibration sequences.")
+    ] = 12,
     norm_rows: Annotated[
-        int, typer.Option(min=0, help="gguf: channels more in the latent, which steady its norm.")
+        int,
+        typer.Option(
+            min=0, help="deepseek, gguf: channels more in the latent, which steady its norm."
+        ),
     ] = 16,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload it to the hub as well.")

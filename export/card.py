@@ -9,14 +9,33 @@ FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [
 RECIPE = "\nRecipe: "
 
 
-def native_card(model: LatentModel, name: str, config: PretrainedConfig) -> str:
-    """The card of a checkpoint in a stock class."""
+NATIVE = (
+    "exported without loss to",
+    """The last channel of the latent is a constant, which makes the latent's norm one. Engines that
+leave out biases or longrope frequencies (llama.cpp among them) cannot run this checkpoint.""",
+)
+DEEPSEEK = (
+    "exported to",
+    """vLLM and SGLang have a class of that name of their own. No layer has experts. The latent goes
+through an RMSNorm that some of its channels make nearly constant, at a small loss.""",
+)
+
+
+def stock_card(
+    model: LatentModel, name: str, config: PretrainedConfig, about: tuple[str, str]
+) -> str:
+    """The card of a checkpoint in a stock class.
+
+    Args:
+        about: how it was exported, and what is to be known of it: `NATIVE` or `DEEPSEEK`.
+    """
     front, recipe = _card_of(model)
+    how, known = about
     return f"""{front}
 # {name}
 
 A {model.family.model_type} model converted to multi-head latent attention (MLA) by rehead, and
-exported without loss to transformers' own `{config.architectures[0]}`: no custom code is needed.
+{how} transformers' own `{config.architectures[0]}`: no custom code is needed.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -24,8 +43,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
-The last channel of the latent is a constant, which makes the latent's norm one. Engines that leave
-out biases or longrope frequencies (llama.cpp among them) cannot run this checkpoint.
+{known}
 {recipe}"""
 
 

@@ -1,7 +1,6 @@
 """A conversion made with `--preset engine` as llama.cpp's `deepseek2`, a GGUF file.
 
-llama.cpp has no bias, so that the latent's norm cannot be led past exactly; `steady` makes it
-nearly constant instead.
+Its norm on the latent is made nearly constant, see `engine`.
 
 Letters: H heads, N position-free key width, R rotated width, V value width, L channels of the
 latent (its rank and the rows that steady its norm), D hidden size.
@@ -9,7 +8,6 @@ latent (its rank and the rows that steady its norm), D hidden size.
 
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..converters.errors import InputError
-from ..converters.refit import output_step
-from ..converters.rope_split import rope_base
-from .calibrate import seen_by_layers
+from .engine import plain_base, steady_layers
 from .gguf_tokenizer import add_tokenizer
 from .latent import LatentModel
-from .steady import SteadyLayer, normed_heads, steady
+from .steady import SteadyLayer
 
-AGAIN = "Convert the original again with --to mla --preset engine."
 OTHERS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -58,22 +53,9 @@ def check_engine(model: LatentModel) -> float:
     Raises:
         InputError: llama.cpp's deepseek2 cannot hold the model.
     """
-    config, path = model.config, model.source.path
-    biases = [n for n in ("q_bias", "kv_a_bias", "kv_b_bias", "o_bias") if getattr(config, n)]
-    if biases:
-        raise InputError(f"{path} has biases ({biases[0]}), and llama.cpp's MLA none. {AGAIN}")
-    if config.q_lora_rank is not None:
-        raise InputError(f"{path} has low-rank queries, which are not exported to GGUF. {AGAIN}")
-    base = rope_base(model.inv_freq)
-    if base is None or not torch.equal(model.inv_freq, model.long_inv_freq):
-        raise InputError(
-            f"{path} rotates with frequencies that are no powers of one base, and llama.cpp "
-            f"computes them so. {AGAIN}"
-        )
-    if config.hidden_act != "silu":
-        raise InputError(f"{path} has the activation {config.hidden_act}, and llama.cpp silu.")
+    base = plain_base(model, "llama.cpp")
     for name in model.other_names():
-        target_name(name, path)
+        target_name(name, model.source.path)
     return base
 
 
@@ -158,23 +140,11 @@ def gguf_tensors(
     progress: Callable[[str, int, int, dict[str, Any]], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file by llama.cpp's names, one layer's attention in memory at a time."""
-    config = model.config
-    heads, eps = config.num_attention_heads, config.rms_norm_eps
-    for index, seen in enumerate(seen_by_layers(model, tokens)):
-        layer = model.layer(index)
-        made = steady(layer, seen.x.flatten(0, 1), extra, eps)
-
-        def features(x: Tensor, made: SteadyLayer = made) -> Tensor:
-            return normed_heads(made, x[None], model.inv_freq, heads, eps)[0]
-
-        step = output_step(features, made.o.float(), seen)
-        if step is not None:  # the output map makes up for what the norm changes
-            made = replace(made, o=made.o + step)
+    heads, nope = model.config.num_attention_heads, model.config.qk_nope_head_dim
+    for index, made in enumerate(steady_layers(model, tokens, extra, progress)):
         spreads.append(made.spread)
-        for name, tensor in layer_tensors(made, heads, config.qk_nope_head_dim).items():
+        for name, tensor in layer_tensors(made, heads, nope).items():
             yield f"blk.{index}.{name}", tensor
-        progress("layers", index + 1, config.num_hidden_layers, {"spread": made.spread})
-        del seen
     for name, stored in model.other_names().items():
         yield target_name(name, model.source.path), model.source.tensor(stored)
 

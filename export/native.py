@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, YoutuConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, YoutuConfig
 
 from ..converters.errors import InputError
 from .latent import LatentLayer, LatentModel
@@ -107,8 +107,8 @@ def stock_attention(layer: LatentLayer, dtype: torch.dtype) -> dict[str, Tensor]
     }
 
 
-def planned_bytes(model: LatentModel, config: YoutuConfig) -> int:
-    """The size of the stock checkpoint.
+def planned_bytes(model: LatentModel, config: PretrainedConfig) -> int:
+    """The size of the checkpoint of a stock class that `config` describes.
 
     Raises:
         InputError: the model has weights that the stock class has no place for.
@@ -119,7 +119,7 @@ def planned_bytes(model: LatentModel, config: YoutuConfig) -> int:
     left = [name for name in model.other_names() if name not in expected]
     if left:
         raise InputError(
-            f"{model.source.path} has {left[0]}, for which {ARCHITECTURE} has no place, so it "
-            "cannot be exported."
+            f"{model.source.path} has {left[0]}, for which {config.architectures[0]} has no "
+            "place, so it cannot be exported."
         )
     return sum(parameter.numel() for parameter in skeleton.parameters()) * config.dtype.itemsize

@@ -57,6 +57,23 @@ MFA_CLASSES = _classes("MFA")
 GQA_CLASSES = _classes("GQA")
 _ALL = (*MLA_CLASSES.values(), *MFA_CLASSES.values(), *GQA_CLASSES.values())
 
+VLLM_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+
+
+def register_in_vllm() -> None:
+    """Has vLLM run rehead's GQA classes by its Transformers backend, without `trust_remote_code`.
+
+    vLLM calls it in each of its processes, by the entry point `vllm.general_plugins`. MLA and MFA
+    are left out, for that backend knows no cache of their widths.
+    """
+    try:
+        from vllm import ModelRegistry
+    except ImportError:
+        return
+    for _, _, causal_lm in GQA_CLASSES.values():
+        ModelRegistry.register_model(causal_lm.__name__, VLLM_BACKEND)
+
+
 # The linear layers of every form's attention, for peft's LoraConfig(target_modules=...).
 _STOCK = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORA_TARGET_MODULES = {
@@ -67,7 +84,7 @@ LORA_TARGET_MODULES = {
     "mfa-kr": ["q_proj", "wq", "k_proj", "kr_proj", "o_proj"],
 }
 
-__all__ = ["GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES"]
+__all__ = ["GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES", "register_in_vllm"]
 __all__ += ["GQAAttention", "MFAAttention", "MLAAttention"]
 
 for _config, _model, _causal_lm in _ALL:

@@ -5,6 +5,8 @@ B batch, T query tokens, S tokens in the cache, H query heads, g KV heads, d hea
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate
@@ -50,5 +52,19 @@ class GQAAttention(ConvertedAttention):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = self._attend(query, key, value, attention_mask, self.scaling, **kwargs)
+        # Not `_attend`: vLLM serves a class whose `forward` itself names the attention's interface.
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
         return self.o_proj(output.reshape(batch, length, -1)), weights

@@ -95,9 +95,11 @@ class MFAAttention(ConvertedAttention):
     def _value(self, latent):
         """The values [..., C] of MFA-KR. Linear, so the value of a mixture is the mixed value.
 
-        `kr_proj` is called, not read, so adapters, quantised weights and gradients all count.
+        `kr_proj` is called, not read, so adapters, quantised weights and gradients all count; and
+        called as every linear layer of a language model is, on [B, tokens, C].
         """
-        return (latent + self.kr_proj(latent) * self.kr_alpha).to(latent.dtype)
+        mapped = self.kr_proj(latent.flatten(1, -2)).view(latent.shape)
+        return (latent + mapped * self.kr_alpha).to(latent.dtype)
 
     def _can_absorb(self, length: int, cached: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether the heads' queries may, and should, be rows of one product with the cache."""

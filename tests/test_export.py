@@ -214,7 +214,7 @@ def test_no_family_is_exported_wrongly(family, tmp_path):
         export(tmp_path / "in", to="transformers", output=tmp_path / "out")
         assert error(logits(loaded(tmp_path / "out")), logits(model)) < 2e-5
         return
-    for to in ("transformers", "gguf"):
+    for to in ("transformers", "deepseek", "gguf"):
         with pytest.raises(InputError, match=rf"is a {family} model.*Llama's decoder"):
             export(tmp_path / "in", to=to, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -260,15 +260,21 @@ with torch.no_grad():
 """
 
 
+def run_without_rehead(code: str, folder: Path, *about) -> float:
+    """What `code` prints about the folder and what is told it, in a process of its own."""
+    torch.save(about, f"{folder}.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HOME": f"{folder}.home", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=env, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
 def test_a_process_without_rehead_loads_it(tmp_path):
     model = save(tmp_path / "in", "qwen2", **tiny.BIASES)
     export(tmp_path / "in", to="transformers", output=tmp_path / "out")
-    torch.save((IDS, logits(model)), tmp_path / "out.pt")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "out")]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert float(done.stdout) < 2e-5, done.stderr
+    assert run_without_rehead(STOCK, tmp_path / "out", IDS, logits(model)) < 2e-5
 
 
 def test_only_one_layer_is_in_memory(tmp_path, monkeypatch):
@@ -401,7 +407,7 @@ def test_what_stands_at_the_output_is_replaced_only_when_asked(tmp_path, monkeyp
     def fault(*args):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("rehead.export.run.native_card", fault)
+    monkeypatch.setattr("rehead.export.run.stock_card", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         export(tmp_path / "in", to="transformers", output=tmp_path / "out", force=True)
     assert (

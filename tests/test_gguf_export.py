@@ -22,7 +22,7 @@ from rehead.export.latent import LatentModel
 
 # Printable bytes, as in the calibration text: what it never shows is not fitted.
 IDS = torch.randint(33, 127, (2, 60), generator=torch.Generator().manual_seed(0))
-FIELDS = folders.MODEL_FIELDS | dict(rope_pairs=[[0, 1, 2]] * 2)
+save = folders.save_for_engines
 
 
 @pytest.fixture
@@ -36,14 +36,6 @@ def run(tmp_path):
         return export(tmp_path / "in", to="gguf", output=tmp_path / output, **options)
 
     return run
-
-
-def save(folder, family="llama", **fields) -> torch.nn.Module:
-    model = tiny.mla(family, **FIELDS | fields)
-    for layer in model.model.layers:
-        torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 2.0)
-    torch.nn.init.normal_(model.model.embed_tokens.weight.data[0])
-    return folders.save(folder, model)
 
 
 @torch.no_grad()
