@@ -169,6 +169,9 @@ class Job:
                     fitted = self._fit(layer, form, seen)
                 del form
                 save(file, (*fitted, before))
+                if not self.recipe.native:  # which asks all layers' again
+                    known = _moments_file(work, layer)
+                    save(known, load(known) | {"moments": None})
             form, closed, error, source_parameters = load(file)
             if self.target.stock:
                 tensors = self.family.write(form.expand(), stream.attention_factor(layer))
