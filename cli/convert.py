@@ -249,7 +249,7 @@ def convert(
         if as_json:
             print_json(console, done.to_dict())
         else:
-            _summarize(console, done)
+            _summarize(console, done, parts=verbose)
 
 
 def default_output(model: str, form: str) -> Path:
@@ -295,7 +295,7 @@ def _report(
     write_report(report, done, comparison)
 
 
-def _summarize(console: Console, done: Any) -> None:
+def _summarize(console: Console, done: Any, *, parts: bool) -> None:
     before, after = (done.kv_bytes_per_token[key] for key in ("source", "converted"))
     console.print(
         f"KV cache per token: {size(before)} -> [bold]{size(after)}[/] ({after / before:.1%})"
@@ -315,4 +315,7 @@ def _summarize(console: Console, done: Any) -> None:
         return
     minutes, seconds = divmod(round(done.seconds), 60)
     console.print(f"Took {minutes} min {seconds} s, {size(done.peak_rss_bytes)} of memory at most")
+    if parts:
+        each = (f"{name} {seconds:.0f} s" for name, seconds in done.parts.items())
+        console.print(f"Of that: {', '.join(each)}")
     console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)

@@ -208,6 +208,7 @@ def done(output: Path | None) -> Conversion:
         seconds=61.0,
         peak_rss_bytes=3 << 30,
         recipe=recipe,
+        parts={"read": 1.2, "fit": 59.0},
         layers=layers,
     )
 
@@ -297,6 +298,7 @@ def test_quiet_and_verbose(conversion, capsys):
         assert code == 0
         assert re.fullmatch(told, err)
         assert "Written to m-mla" in out
+        assert ("Of that: read 1 s, fit 59 s" in out) == (flag == "--verbose")
 
 
 @pytest.mark.parametrize(

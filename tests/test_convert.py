@@ -207,7 +207,8 @@ def test_the_folder_is_whole(rope, halves, source, text):
 def test_the_report_is_what_was_done(rope, halves):
     folder, done = halves[rope]
     assert (done.output, done.form, done.recipe.rope) == (folder, "mla", rope)
-    assert done.seconds > 0
+    assert {"read", "forward", "statistics", "factorise", "fit", "write"} < done.parts.keys()
+    assert 0 < sum(done.parts.values()) < done.seconds  # parts do not overlap
     assert done.peak_rss_bytes > 1 << 20
     config = loaded(folder).config
     for layer in done.layers:
