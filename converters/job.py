@@ -19,6 +19,7 @@ from .errors import InputError
 from .families import Family
 from .healing import Form, has_fast_bfloat16, heal, output_error
 from .maps import AttentionMaps
+from .memory import release
 from .plan import TRIED_WIDTHS, spend
 from .recipe import LayerReport, Recipe
 from .refit import refit_output
@@ -74,6 +75,7 @@ class Job:
         curves, shares = [], []
         for layer in range(self.layers):
             self._survey_layer(stream, layer, file := _moments_file(work, layer))
+            release()
             saved = load(file)
             curves.append(saved["curve"])
             shares.append(saved["share"])
@@ -167,8 +169,8 @@ class Job:
                 form, before = self._build(stream, layer, dim, work)
                 with self.clock("fit"):
                     fitted = self._fit(layer, form, seen)
-                del form
                 save(file, (*fitted, before))
+                del form, fitted
                 if not self.recipe.native:  # which asks all layers' again
                     known = _moments_file(work, layer)
                     save(known, load(known) | {"moments": None})
@@ -196,7 +198,8 @@ class Job:
                 )
             )
             self.progress(stage, layer + 1, self.layers, {"error": error})
-            del seen  # the largest thing in memory, before the next layer's is made
+            del seen, form, tensors  # before the next layer's are made
+            release()
         prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
         with self.clock("write"):
             for name in self.source.names():

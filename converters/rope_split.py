@@ -171,19 +171,18 @@ def split_rope(
     keys = _complex(augmented(maps.k, maps.k_bias))
     queries = _complex(augmented(maps.q, maps.q_bias))
     rest = keys.clone()
-    k_rope, q_rope = [], []
+    k_rope = keys.new_empty(count, keys.shape[-1])
+    q_rope = queries.new_empty(maps.heads, count, queries.shape[-1])
     for j in range(count):
         pair, synthesis = components.pair[j], components.synthesis[j]
         z = components.analysis[j] @ keys[:, pair]
         rest[:, pair] -= synthesis[:, None] * z
-        k_rope.append(z)
-        q_rope.append(queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None])
+        k_rope[j] = z
+        q_rope[:, j] = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
     # A frequency of which every component is kept leaves nothing but rounding.
     kept = torch.bincount(torch.tensor(components.pair[:count], dtype=torch.long), minlength=half)
     rest[:, kept == groups] = 0
-    empty = keys.new_zeros(0, keys.shape[-1])
-    k_rot = _real(torch.stack(k_rope) if k_rope else empty)
-    q_rot = _real(torch.stack(q_rope, 1) if q_rope else empty.expand(maps.heads, 0, -1))
+    k_rot, q_rot = _real(k_rope), _real(q_rope)
     q_nope, q_nope_bias = position_free_queries(maps, moments)
     has_q, has_k = maps.q_bias is not None, maps.k_bias is not None
     return RopeSplit(
