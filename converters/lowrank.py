@@ -34,7 +34,9 @@ def square_roots(
 ) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N N"]]:
     """(S, S^-1) with S symmetric and S S = moment, its spectrum floored."""
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    if values[-1] <= 0:  # no data at all: every direction counts alike
+    if (
+        values[-1] * floor <= torch.finfo(values.dtype).tiny
+    ):  # no data: every direction counts alike
         eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         return eye, eye.clone()
     root = values.clamp_min(values[-1] * floor).sqrt()

@@ -285,7 +285,8 @@ def _regressed(
     seen = latent @ root
     gram = seen @ seen.mT
     # Directions the text hardly shows must not make weights that cancel each other.
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-300))
+    ridge = RIDGE * gram.diagonal().mean()
+    gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
     return torch.linalg.solve(gram, seen @ (targets @ root).mT).mT
 
 
@@ -321,7 +322,9 @@ def with_shared_queries(
     order = torch.tensor(half_layout(free, len(mfa.rope_pairs))).argsort()
     factors, mean = query_factors(maps, mfa.q, x, generator, order)
     if share_q_dim is None:
-        left = factors.energy.flip(0).cumsum(0).flip(0) / factors.energy.sum().clamp_min(1e-300)
+        left = factors.energy.flip(0).cumsum(0).flip(0) / factors.energy.sum().clamp_min(
+            torch.finfo(factors.energy.dtype).tiny
+        )
         # A layer that is exact but for rounding stays so, on text that was never seen too.
         exact = error < ROUNDING
         share_q_dim = most if exact else max(1, int((left > QUERY_SHARE * error).sum()))

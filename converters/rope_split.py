@@ -144,7 +144,8 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     moment = moments.inputs.to(keys.dtype)
     loss = (1 - moments.mean_phase.abs().square()).clamp_min(LEAST_REMOVAL)
     weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
-    weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
+    weight = weight.clamp_min(weight.max() * 1e-12)
+    weight = weight.where(weight > torch.finfo(weight.dtype).tiny, 1).sqrt()  # 1 if all are 0
     found = []
     for pair in maps.inv_freq.nonzero().flatten().tolist():
         k, d = keys[:, pair], weight[:, pair]

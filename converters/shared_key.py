@@ -133,7 +133,7 @@ def commuting_moment(
     energy = problem.queries.diagonal(dim1=-2, dim2=-1).unflatten(0, (-1, problem.repeats)).sum(1)
     weight = energy.unflatten(-1, (2, half)).sum(1).mT / 2  # of one real score, [P, S]
     # A pair that no query uses still needs a nonzero weight to be decomposed.
-    weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-300).sqrt()
+    weight = weight.clamp_min(weight.max() * 1e-12).clamp_min(1e-30).sqrt()
     keys = problem.keys.unflatten(0, (-1, 2, half)).unflatten(-1, (-1, 2, half))
     rr, ri, ir, ii = (
         keys[:, i, :, :, j].diagonal(dim1=1, dim2=3).permute(2, 0, 1)
@@ -189,7 +189,8 @@ def _with_best_analysis(problem: KeyProblem, key: SharedKey) -> SharedKey:
 
 
 def _ridged(moment: Float[Tensor, "*H E E"]) -> Float[Tensor, "*H E E"]:
-    ridge = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)
+    ridge = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = ridge.clamp_min(torch.finfo(ridge.dtype).tiny)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     return moment + ridge[..., None, None] * eye
 
