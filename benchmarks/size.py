@@ -42,7 +42,11 @@ console = Console(highlight=False)
 
 
 @app.command()
-def write(folder: Path, layers: int = 32, seed: int = 0) -> None:
+def write(
+    folder: Path,
+    layers: int = 32,
+    seed: int = 0,
+) -> None:
     """A checkpoint of Llama-2-7B's shapes with that many layers."""
     folder.mkdir(parents=True)
     config = LlamaConfig(num_hidden_layers=layers, **LLAMA_2_7B)  # type: ignore[arg-type]
