@@ -317,5 +317,5 @@ def _summarize(console: Console, done: Any, *, parts: bool) -> None:
     console.print(f"Took {minutes} min {seconds} s, {size(done.peak_rss_bytes)} of memory at most")
     if parts:
         each = (f"{name} {seconds:.0f} s" for name, seconds in done.parts.items())
-        console.print(f"Of that: {', '.join(each)}")
+        console.print(f"Of that: {', '.join(each)}", soft_wrap=True)
     console.print(f"Written to [bold]{done.output}[/]", soft_wrap=True)
