@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -14,8 +16,6 @@ NOTEBOOK = EXAMPLES / "first_conversion.ipynb"
 
 def executed(notebook, folder: Path):
     """The notebook after a run in its own kernel; raises what a cell raises."""
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: make test does")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed: make test does")
     place = {"metadata": {"path": folder}}
     return nbclient.NotebookClient(
         notebook, timeout=900, resources=place, extra_arguments=["--log-level=ERROR"]
@@ -34,7 +34,6 @@ def perplexities(text: str) -> dict[str, float]:
 
 
 def test_the_notebook_runs_and_says_what_is_saved(tmp_path):
-    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: make test does")
     saved = nbformat.read(NOTEBOOK, as_version=4)
     assert all(cell.outputs for cell in saved.cells[2:] if cell.cell_type == "code")
     before = perplexities(printed(saved))
@@ -49,7 +48,6 @@ def test_the_notebook_runs_and_says_what_is_saved(tmp_path):
 
 
 def test_a_broken_notebook_would_be_seen(tmp_path):
-    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: make test does")
     cell = nbformat.v4.new_code_cell("1 / 0")
     with pytest.raises(Exception, match="ZeroDivisionError"):
         executed(nbformat.v4.new_notebook(cells=[cell]), tmp_path)

@@ -9,8 +9,6 @@ from rehead.modeling import mla as mla_module
 from rehead.modeling import read_kernel
 from rehead.modeling.rope_slots import SlotAngles, side_by_side, with_rope_key
 
-pytest.importorskip("triton")
-
 BATCH, HEADS, RANK, SLOTS, SCALING = 2, 3, 21, 300, 0.3
 INDEX = torch.tensor([0, 2, 2, 5, 7])
 

@@ -61,6 +61,13 @@ def page(done, comparison) -> str:
     return report_page(done, comparison)
 
 
+def test_ci_does_not_do_without_a_browser(monkeypatch):
+    monkeypatch.setattr(browser, "NAMES", ("no-such-browser",))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no browser: none of no-such-browser"):
+        browser.find()
+
+
 def test_a_browser_draws_the_page_on_a_phone(page, tmp_path):
     seen = browser.look_at(page, tmp_path)
     assert (seen["width"], seen["console"]) == (browser.PHONE, [])

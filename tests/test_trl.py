@@ -4,13 +4,12 @@ import folders
 import pytest
 import tiny
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehead.modeling import LORA_TARGET_MODULES
-
-trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 MODELS = {
     "mla": lambda: tiny.mla(**folders.MODEL_FIELDS),
