@@ -35,3 +35,27 @@ def saved(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of it, to be changed."""
     return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture
+def export_tiny(tmp_path):
+    """(to, output, options) -> an export of the tiny model at `in`, calibrated on random bytes."""
+    from rehead.export import export
+
+    draw = torch.randint(33, 127, (128 * 40,), generator=torch.Generator().manual_seed(1))
+    (tmp_path / "text.txt").write_text("".join(map(chr, draw)))
+
+    def run(to, output, **options):
+        options = dict(calibration=str(tmp_path / "text.txt"), samples=5, norm_rows=4) | options
+        return export(tmp_path / "in", to=to, output=tmp_path / output, **options)
+
+    return run
+
+
+@pytest.fixture
+def steadied(monkeypatch):
+    """Every direction of the input read, and nothing else: the norm is constant, as |x| is."""
+    from rehead.export import steady
+
+    monkeypatch.setattr(steady, "LEAST_SHARE", 1e-9)
+    return dict(norm_rows=32)

@@ -18,9 +18,6 @@ _MERGES = [(_BYTES[0xFC], _BYTES[0xFD]), (_BYTES[0xFE], _BYTES[0xFF])]
 VOCABULARY = [*_BYTES.values(), END, *map("".join, _MERGES)]
 MODEL_FIELDS = dict(vocab_size=len(VOCABULARY), bos_token_id=256, eos_token_id=256)
 
-# As `--preset engine` converts: no biases, and frequencies that are powers of one base.
-ENGINE_FIELDS = MODEL_FIELDS | dict(rope_pairs=[[0, 1, 2]] * 2)
-
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token, so that any text has a known number of them."""
@@ -37,15 +34,6 @@ def save(folder: Path, model: torch.nn.Module | None = None, **options) -> torch
     model.save_pretrained(folder, **options)
     tokenizer().save_pretrained(folder)
     return model
-
-
-def save_for_engines(folder: Path, family: str = "llama", **fields) -> torch.nn.Module:
-    """A tiny conversion for engines, with random norms and a padding row that is not zero."""
-    model = tiny.mla(family, **ENGINE_FIELDS | fields)
-    for layer in model.model.layers:
-        torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 2.0)
-    torch.nn.init.normal_(model.model.embed_tokens.weight.data[0])
-    return save(folder, model)
 
 
 def save_gguf(path: Path, model: torch.nn.Module, *, rope: dict | None = None) -> None:

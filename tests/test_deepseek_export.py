@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import folders
 import pytest
-import tiny
 import torch
+from engines import IDS, KINDS, logits, save
 from layers import error
 from safetensors.torch import load_file
 from test_export import STOCK, run_without_rehead
@@ -14,36 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehead.converters import InputError
 from rehead.evaluation import kv_bytes_per_token
-from rehead.export import deepseek3, export, steady
+from rehead.export import deepseek3
 from rehead.export.emulate import emulated
 
-IDS = torch.randint(33, 127, (2, 60), generator=torch.Generator().manual_seed(0))
-save = folders.save_for_engines
-
 
 @pytest.fixture
-def run(tmp_path):
-    """An export of the tiny model at `in`, calibrated on random bytes."""
-    draw = torch.randint(33, 127, (128 * 40,), generator=torch.Generator().manual_seed(1))
-    (tmp_path / "text.txt").write_text("".join(map(chr, draw)))
-
-    def run(to="deepseek", output="out", **options):
-        options = dict(calibration=str(tmp_path / "text.txt"), samples=5, norm_rows=4) | options
-        return export(tmp_path / "in", to=to, output=tmp_path / output, **options)
-
-    return run
-
-
-@pytest.fixture
-def steadied(monkeypatch):
-    """Every direction of the input read, and nothing else: the norm is constant, as |x| is."""
-    monkeypatch.setattr(steady, "LEAST_SHARE", 1e-9)
-    return dict(norm_rows=32)
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
+def run(export_tiny):
+    return lambda to="deepseek", output="out", **options: export_tiny(to, output, **options)
 
 
 def loaded(folder, **options) -> torch.nn.Module:
@@ -52,21 +29,10 @@ def loaded(folder, **options) -> torch.nn.Module:
     return model
 
 
-FAMILIES = [
-    ("llama", "default", {}),
-    ("llama", "default", dict(tie_word_embeddings=True, num_key_value_heads=4)),
-    ("llama", "yarn", {}),
-    ("mistral", "default", dict(rope_pairs=[[0, 3]] * 2, qk_rope_head_dim=4)),
-]
-
-
-@pytest.mark.parametrize(("family", "rope", "fields"), FAMILIES)
+@pytest.mark.parametrize(("family", "rope", "fields"), KINDS)
 def test_it_computes_what_the_gguf_file_does(family, rope, fields, run, tmp_path):
     """The same logits, and token by token the same continuation; the same numbers cached."""
-    parameters = dict(tiny.ROPE_TYPES[rope])
-    if rope == "yarn":  # its fastest frequencies are as they were
-        parameters |= dict(beta_fast=4, beta_slow=2, original_max_position_embeddings=400)
-    model = save(tmp_path / "in", family, rope_parameters=parameters, **fields)
+    model = save(tmp_path / "in", family, rope, **fields)
     done = run()
     other = run("gguf", "out.gguf")
     found, file = loaded(tmp_path / "out"), emulated(tmp_path / "out.gguf")

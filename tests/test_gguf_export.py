@@ -10,60 +10,26 @@ import gguf
 import pytest
 import tiny
 import torch
+from engines import KINDS, logits, save
 from layers import error
 from transformers import AutoTokenizer
 
 from rehead.converters import InputError
 from rehead.converters.checkpoint import open_source
-from rehead.export import deepseek2, export, steady
+from rehead.export import deepseek2, steady
 from rehead.export.emulate import emulated
 from rehead.export.gguf_tokenizer import SPLITS, split_name
 from rehead.export.latent import LatentModel
 
-# Printable bytes, as in the calibration text: what it never shows is not fitted.
-IDS = torch.randint(33, 127, (2, 60), generator=torch.Generator().manual_seed(0))
-save = folders.save_for_engines
-
 
 @pytest.fixture
-def run(tmp_path):
-    """An export of the tiny model at `in`, calibrated on random bytes."""
-    draw = torch.randint(33, 127, (128 * 40,), generator=torch.Generator().manual_seed(1))
-    (tmp_path / "text.txt").write_text("".join(map(chr, draw)))
-
-    def run(output="out.gguf", **options):
-        options = dict(calibration=str(tmp_path / "text.txt"), samples=5, norm_rows=4) | options
-        return export(tmp_path / "in", to="gguf", output=tmp_path / output, **options)
-
-    return run
+def run(export_tiny):
+    return lambda output="out.gguf", **options: export_tiny("gguf", output, **options)
 
 
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
-
-
-@pytest.fixture
-def steadied(monkeypatch):
-    """Every direction of the input read, and nothing else: the norm is constant, as |x| is."""
-    monkeypatch.setattr(steady, "LEAST_SHARE", 1e-9)
-    return dict(norm_rows=32)
-
-
-EXACT = [
-    ("llama", "default", {}),
-    ("llama", "default", dict(tie_word_embeddings=True, num_key_value_heads=4)),
-    ("llama", "yarn", {}),
-    ("mistral", "default", dict(rope_pairs=[[0, 3]] * 2, qk_rope_head_dim=4)),
-]
-
-
-@pytest.mark.parametrize(("family", "rope", "fields"), EXACT)
+@pytest.mark.parametrize(("family", "rope", "fields"), KINDS)
 def test_with_a_row_for_every_direction_it_is_exact(family, rope, fields, run, steadied, tmp_path):
-    rope_parameters = dict(tiny.ROPE_TYPES[rope])
-    if rope == "yarn":  # its fastest frequencies are as they were
-        rope_parameters |= dict(beta_fast=4, beta_slow=2, original_max_position_embeddings=400)
-    model = save(tmp_path / "in", family, rope_parameters=rope_parameters, **fields)
+    model = save(tmp_path / "in", family, rope, **fields)
     done = run(**steadied)
     assert max(done.norm_spread) < 1e-3
     assert error(logits(emulated(tmp_path / "out.gguf")), logits(model)) < 5e-3

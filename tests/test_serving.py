@@ -16,7 +16,7 @@ import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import folders
+import engines
 import pytest
 import torch
 from safetensors import safe_open
@@ -94,7 +94,7 @@ NATIVE = {
 def exported(tmp_path_factory):
     """The folders that both formats make of one conversion, its embeddings tied."""
     base = tmp_path_factory.mktemp("serving")
-    folders.save_for_engines(base / "in", tie_word_embeddings=True)
+    engines.save(base / "in", tie_word_embeddings=True)
     draw = torch.randint(33, 127, (128 * 20,), generator=torch.Generator().manual_seed(1))
     (base / "text.txt").write_text("".join(map(chr, draw)))
     options = dict(calibration=str(base / "text.txt"), samples=4, norm_rows=4)
@@ -216,7 +216,7 @@ def test_without_vllm_the_plugin_does_nothing(plugin, monkeypatch):
 
 def test_with_the_plugin_no_remote_code_is_needed(tmp_path):
     """Importing it is enough for the Auto classes, in a process of its own."""
-    folders.save_for_engines(tmp_path / "in")
+    engines.save(tmp_path / "in")
     code = (
         "import sys\nfrom rehead.modeling import register_in_vllm\nregister_in_vllm()\n"
         "from transformers import AutoConfig\n"
