@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .activations import Activations
-from .maps import AttentionMaps, attention
+from .maps import AttentionMaps, attention, head_outputs
 
 # Of a matrix' root mean square, per step, at the peak.
 LEARNING_RATE = 0.01
@@ -58,17 +60,35 @@ class OutputError:
 
 
 @torch.no_grad()
-def output_error(form: Form, seen: Activations) -> OutputError:
-    """The form's error on what the original attention saw and did, weighted by `seen.weights`."""
+def output_error(
+    form: Form, seen: Activations, heads: Float[Tensor, "N T H V"] | None = None
+) -> OutputError:
+    """The form's error on what the original attention saw and did, weighted by `seen.weights`.
+
+    Args:
+        heads: `heads_of(form, seen.x)`, where it is known.
+    """
     maps = form.expand().to(torch.float32)
     wrong = total = 0.0
-    step = max(1, TOKENS_AT_ONCE // seen.x.shape[1])
-    for start in range(0, len(seen.x), step):
-        part = seen[start : start + step]
-        off = attention(maps, part.x) - part.y
+    for rows in _batches(seen.x):
+        part = seen[rows]
+        out = head_outputs(maps, part.x) if heads is None else heads[rows]
+        off = linear(out.flatten(2), maps.o.flatten(1), maps.o_bias) - part.y
         wrong += float((off.square().sum(-1) * part.weights).sum())
         total += float((part.y.square().sum(-1) * part.weights).sum())
     return OutputError(wrong / max(total, 1e-30), wrong / seen.weights.numel())
+
+
+@torch.no_grad()
+def heads_of(form: Form, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
+    """What the form's output map reads, in float32."""
+    maps = form.expand().to(torch.float32)
+    return torch.cat([head_outputs(maps, x[rows]) for rows in _batches(x)])
+
+
+def _batches(x: Float[Tensor, "N T D"]) -> Iterator[slice]:
+    step = max(1, TOKENS_AT_ONCE // x.shape[1])
+    yield from (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def heal(

@@ -17,7 +17,7 @@ from .checkpoint import Source
 from .clock import Clock
 from .errors import InputError
 from .families import Family
-from .healing import Form, has_fast_bfloat16, heal, output_error
+from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error
 from .maps import AttentionMaps
 from .memory import release
 from .plan import TRIED_WIDTHS, spend
@@ -157,9 +157,9 @@ class Job:
         Returns:
             A report of every layer, and which projections have a bias.
         """
-        # Healing reads much text; the noise of bfloat16 is far below the errors it mends.
-        low_precision = bool(self.recipe.heal) and has_fast_bfloat16(self.device)
-        stream = self._stream(tokens, low_precision)
+        # The noise of bfloat16 is far below the errors that healing and a budget leave.
+        lossy = bool(self.recipe.heal) or self.target.fixed is None
+        stream = self._stream(tokens, lossy and has_fast_bfloat16(self.device))
         stage = "heal" if self.recipe.heal else "factorise"
         reports, biases = [], {}
         for layer, dim in enumerate(dims):
@@ -229,16 +229,20 @@ class Job:
         generator = self._generator(layer)
         fitting, measured = hold_out(seen)
         x = fitting.x[: SURVEY_SEQUENCES - MEASURE_SEQUENCES]
-        closed = output_error(form, measured).relative
+        heads = heads_of(form, measured.x)
+        closed = output_error(form, measured, heads).relative
         finished = self.target.finish(form, x, closed, generator)
         if finished is not form:
-            form, closed = finished, output_error(finished, measured).relative
+            heads = heads_of(form := finished, measured.x)
+            closed = output_error(form, measured, heads).relative
         if closed < EXACT or not self.target.refits:
             return form, closed, closed
         # The output map last: fitted first, it holds the other maps where they are.
         fitted = heal(form, fitting, steps=self.recipe.heal, generator=generator)
+        if fitted is not form:
+            heads = heads_of(fitted, measured.x)
         fitted = refit_output(fitted, fitting)
-        error = output_error(fitted, measured).relative
+        error = output_error(fitted, measured, heads).relative
         return (fitted, closed, error) if error < closed else (form, closed, closed)
 
     def _stream(self, tokens: Tensor, low_precision: bool) -> LayerStream:

@@ -28,7 +28,8 @@ def refit_output(form: FormT, seen: Activations) -> FormT:
 
     The output is linear in o, so that given queries, keys and values the best o has a closed form.
     The ridge draws towards the o at hand; it is chosen on a quarter of the sequences, where "no
-    change" takes part as well, and then all are used.
+    change" takes part as well, and then all are used. The equations are solved in the form's
+    precision.
     """
     maps = form.expand()
     narrow = maps.to(torch.float32)
@@ -40,7 +41,7 @@ def refit_output(form: FormT, seen: Activations) -> FormT:
         out = head_outputs(narrow, x[None])[0].flatten(1)  # [T, H V]
         return out if maps.o_bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
 
-    delta = output_step(features, o, seen)
+    delta = output_step(features, o, seen, maps.o.dtype)
     if delta is None:
         return form
     width = maps.heads * maps.v_dim
@@ -51,26 +52,35 @@ def refit_output(form: FormT, seen: Activations) -> FormT:
 
 
 def output_step(
-    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations
+    features: Callable[[Tensor], Tensor],
+    o: Float[Tensor, "D F"],
+    seen: Activations,
+    precision: torch.dtype = torch.float64,
 ) -> Float[Tensor, "D F"] | None:
-    """What to add to o so that o features(x) comes near y, in float64; None if nothing helps.
+    """What to add to o so that o features(x) comes near y; None if nothing helps.
 
     Args:
         features: [T, D] of one sequence -> [T, F].
+        precision: to solve the equations in, and of what is returned.
     """
     held = max(1, len(seen) // 4)
     if len(seen) < 2:
         return None
     solve = by_tokens if seen.weights.numel() < o.shape[1] else by_features
-    return solve(features, o, seen, held)
+    return solve(features, o, seen, held, precision)
 
 
 def by_features(
-    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations, held: int
+    features: Callable[[Tensor], Tensor],
+    o: Float[Tensor, "D F"],
+    seen: Activations,
+    held: int,
+    precision: torch.dtype = torch.float64,
 ) -> Float[Tensor, "D F"] | None:
     """`output_step` with the first `held` sequences held out, by equations of F unknowns."""
     fit, test = (
-        _normal_equations(features, o, seen[rows]) for rows in (slice(held, None), slice(held))
+        _normal_equations(features, o, seen[rows], precision)
+        for rows in (slice(held, None), slice(held))
     )
 
     def change(ridge: float) -> float:  # of the squared error on the held-out sequences
@@ -84,7 +94,11 @@ def by_features(
 
 
 def by_tokens(
-    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations, held: int
+    features: Callable[[Tensor], Tensor],
+    o: Float[Tensor, "D F"],
+    seen: Activations,
+    held: int,
+    precision: torch.dtype = torch.float64,
 ) -> Float[Tensor, "D F"] | None:
     """The same by equations of as many unknowns as there are tokens: cheaper if they are few."""
     found, missing = [], []
@@ -92,8 +106,8 @@ def by_tokens(
         out, root = features(z), weights.sqrt()[:, None]
         found.append(out * root)
         missing.append((y - out @ o.T) * root)
-    x, off = torch.cat(found), torch.cat(missing).double()
-    gram = (x @ x.mT).double()
+    x, off = torch.cat(found), torch.cat(missing).to(precision)
+    gram = (x @ x.mT).to(precision)
     test, fit = slice(held * seen.x.shape[1]), slice(held * seen.x.shape[1], None)
 
     def step(rows: slice, ridge: float) -> Tensor:  # (gram + ridge * a feature's energy)^-1 off
@@ -108,7 +122,7 @@ def by_tokens(
     if not float(gram[fit, fit].diagonal().sum()) > 0:
         return None
     ridge = _best(change)
-    return None if ridge is None else step(slice(None), ridge).mT @ x.double()
+    return None if ridge is None else step(slice(None), ridge).mT @ x.to(precision)
 
 
 def _best(change: Callable[[float], float]) -> float | None:
@@ -128,15 +142,18 @@ def _ridge_step(
 
 
 def _normal_equations(
-    features: Callable[[Tensor], Tensor], o: Float[Tensor, "D F"], seen: Activations
+    features: Callable[[Tensor], Tensor],
+    o: Float[Tensor, "D F"],
+    seen: Activations,
+    precision: torch.dtype,
 ) -> tuple[Float[Tensor, "F F"], Float[Tensor, "F D"]]:
     """F^T w F and F^T w (y - o F) of the features F."""
     hidden, count = o.shape
-    gram = torch.zeros(count, count, dtype=torch.float64, device=seen.x.device)
-    moment = torch.zeros(count, hidden, dtype=torch.float64, device=seen.x.device)
+    gram = torch.zeros(count, count, dtype=precision, device=seen.x.device)
+    moment = torch.zeros(count, hidden, dtype=precision, device=seen.x.device)
     for x, y, weights in zip(seen.x, seen.y, seen.weights, strict=True):
         out = features(x)
         weighed = (out * weights[:, None]).T
-        gram += (weighed @ out).double()
-        moment += (weighed @ (y - out @ o.T)).double()
-    return gram, moment
+        gram += (weighed @ out).to(precision)
+        moment += (weighed @ y).to(precision)
+    return gram, moment - gram @ o.to(precision).T

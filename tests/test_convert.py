@@ -239,8 +239,11 @@ def test_the_error_reported_is_that_of_the_layers_output(source, run, text, tmp_
     stock.model.layers[0].self_attn._forward_hooks.clear()
     weights = 1 / stream.square().sum(-1)
     wrong, right = seen["ours"] - seen["stock"], seen["stock"]
-    found = (wrong.square().sum(-1) * weights).sum() / (right.square().sum(-1) * weights).sum()
-    assert done.layers[0].error == pytest.approx(float(found), rel=1e-3)
+    wrong, right = wrong.square().sum(-1), right.square().sum(-1)
+    found, plain = (wrong * weights).sum() / (right * weights).sum(), wrong.sum() / right.sum()
+    # As near as bfloat16 comes, which conversion reads the original's output in.
+    assert done.layers[0].error == pytest.approx(float(found), rel=1e-2)
+    assert done.layers[0].error != pytest.approx(float(plain), rel=1e-2)
 
 
 def calibration(folder, text, samples, seed):
