@@ -22,7 +22,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from .lowrank import Factors, weighted_svd
-from .maps import AttentionMaps, position_angles, project, rotate, visible
+from .maps import AttentionMaps, capped, position_angles, project, rotate, visible
 
 # How far the moments follow a token's importance, between 0 (not at all) and 1 (as the Kronecker
 # fit asks, which a few tokens dominate). Chosen on held-out calibration text.
@@ -45,6 +45,7 @@ class Attended:
         rows: where the queries stand in the sequence.
         q, k: rotated. v: values. All without scaling.
         weights: softmax weights a_ts.
+        slopes: what the capped score gains per unit of the score; None where none is capped.
     """
 
     rows: slice
@@ -52,6 +53,11 @@ class Attended:
     k: Float[Tensor, "G S E"]
     v: Float[Tensor, "G S V"]
     weights: Float[Tensor, "H B S"]
+    slopes: Float[Tensor, "H B S"] | None = None
+
+    def per_score(self, x: Float[Tensor, "H B S"]) -> Float[Tensor, "H B S"]:
+        """Changes per unit of what softmax is taken of, as those per unit of the score."""
+        return x if self.slopes is None else x * self.slopes.view_as(x)
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,15 @@ def attend(maps: AttentionMaps, x: Float[Tensor, "T D"]) -> Iterator[Attended]:
         rows = slice(start, min(start + QUERIES_AT_ONCE, len(x)))
         block, keys = q[:, rows], k[:, : rows.stop]
         scores = block.unflatten(0, (maps.kv_heads, -1)) @ keys[:, None].mT * maps.scaling
+        slopes = None
+        if maps.softcap is not None:
+            scores = capped(scores, maps.softcap)
+            slopes = (1 - (scores / maps.softcap).square()).flatten(0, 1)
         first = start if maps.window is None else 0  # where anything is hidden
         unseen = ~visible(maps.window, start, rows.stop, x.device)[:, first:]
         scores[..., first:].masked_fill_(unseen, -torch.inf)
         weights = scores.softmax(-1).flatten(0, 1)
-        yield Attended(rows, block, keys, v[:, : rows.stop], weights)
+        yield Attended(rows, block, keys, v[:, : rows.stop], weights, slopes)
 
 
 def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoments:
@@ -129,7 +139,7 @@ def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoment
     for sequence in x:
         read = torch.zeros(length, device=x.device)
         for seen in attend(maps, sequence):
-            j = score_importance(maps, seen, norms, seen.weights.square())
+            j = score_importance(maps, seen, norms, seen.per_score(seen.weights).square())
             add_by_lag(lags, j)
             pairs = seen.q.unflatten(-1, (2, half)).square().sum(-2)  # [H, B, P], whatever the turn
             energy += torch.einsum("hb,hbp->hp", j.sum(-1), pairs).double()
@@ -273,7 +283,7 @@ def _backward(
         out = weights @ seen.v[:, None]
         scores -= (heads * out).sum(-1, keepdim=True)  # = sum_s scores weights
         scores *= weights
-        yield seen, heads, weights, scores
+        yield seen, heads, weights, seen.per_score(scores)
 
 
 def kronecker(x: Float[Tensor, "N T D"], gradients: Float[Tensor, "N T M"]) -> Kronecker:

@@ -58,6 +58,7 @@ class GQA:
         q_bias, k_bias, v_bias, o_bias: there exactly where the source has them, for a stock config
             has one flag for all.
         window: how many keys a query reads; None for all.
+        softcap: what scores are capped by; None for nothing.
     """
 
     q: Float[Tensor, "H E D"]
@@ -71,6 +72,7 @@ class GQA:
     v_bias: Float[Tensor, "K V"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
     window: int | None = None
+    softcap: float | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -275,6 +277,7 @@ def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ..
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
         window=maps.window,
+        softcap=maps.softcap,
         q_bias=None if maps.q_bias is None else queries[..., -1],
         k_bias=None if maps.k_bias is None else keys[..., -1],
         v_bias=None if maps.v_bias is None else values[..., -1],

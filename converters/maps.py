@@ -35,6 +35,8 @@ class AttentionMaps:
             rotation: of each head by itself, or [heads, E], of all heads together; None for none.
         norm_eps: what is added to the mean square there.
         window: how many keys a query reads, its own and those before it; None for all.
+        softcap: c of the c tanh(score / c) that softmax is taken of, as in Gemma 2; None for plain
+            scores.
     """
 
     q: Float[Tensor, "H E D"]
@@ -51,6 +53,7 @@ class AttentionMaps:
     k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
     window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         heads, width, hidden = self.q.shape
@@ -128,6 +131,11 @@ def visible(
     positions = torch.arange(stop, device=device)
     lag = positions[start:, None] - positions
     return (lag >= 0) & (lag < (stop if window is None else window))
+
+
+def capped(scores: Float[Tensor, "*batch S"], softcap: float | None) -> Float[Tensor, "*batch S"]:
+    """softcap tanh(scores / softcap)."""
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
 def project(
@@ -210,6 +218,7 @@ def reference_attention(
         if maps.v_bias is not None:
             v = v + maps.v_bias[g]
         scores = rotate(queries[:, h], angles) @ rotate(keys[:, g], angles).T * maps.scaling
+        scores = capped(scores, maps.softcap)
         y = y + scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v @ maps.o[:, h].T
     return y
 
@@ -227,13 +236,19 @@ def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor
     k = rotate(maps.keys(x), angles).transpose(1, 2)  # [B, G, T, E]
     v = project(x, maps.v, maps.v_bias).transpose(1, 2)  # [B, G, T, V]
     q, k = q.to(v.dtype), k.to(v.dtype)
+    length = x.shape[1]
+    if maps.softcap is not None:  # which the fused kernel does not know
+        scores = q.unflatten(1, (maps.kv_heads, -1)) @ k[:, :, None].mT * maps.scaling
+        unseen = ~visible(maps.window, 0, length, x.device)
+        scores = capped(scores.float(), maps.softcap).masked_fill(unseen, -torch.inf)
+        heads = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
+        return heads.flatten(1, 2).transpose(1, 2)
     # The CPU's fused kernel wants keys and values of one width.
     width = maps.qk_dim - maps.v_dim
     if width > 0:
         v = torch.nn.functional.pad(v, (0, width))
     elif width < 0:
         q, k = (torch.nn.functional.pad(z, (0, -width)) for z in (q, k))
-    length = x.shape[1]
     slides = maps.window is not None and maps.window < length
     mask = visible(maps.window, 0, length, x.device) if slides else None
     heads = torch.nn.functional.scaled_dot_product_attention(

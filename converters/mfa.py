@@ -72,6 +72,7 @@ class MFA:
         v: the value head; None in MFA-KR.
         reuse, reuse_gate: N and alpha of MFA-KR; None in MFA.
         window: how many keys a query reads; None for all.
+        softcap: what scores are capped by; None for nothing.
         energy: of MFA-KR, the weighted squared error that leaving out each position-free direction
             adds, for those that were left out too.
     """
@@ -90,6 +91,7 @@ class MFA:
     k_bias: Float[Tensor, " C"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
     window: int | None = None
+    softcap: float | None = None
     energy: tuple[float, ...] = ()
 
     @property
@@ -133,6 +135,7 @@ class MFA:
             inv_freq=torch.cat([chosen.new_zeros(self.head_dim // 2 - len(chosen)), chosen]),
             scaling=self.scaling,
             window=self.window,
+            softcap=self.softcap,
             q_bias=None if self.q_bias is None else self.q_bias[:, order],
             k_bias=None if self.k_bias is None else self.k_bias[None, order],
             v_bias=v_bias,
@@ -262,6 +265,7 @@ def _assemble(
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
         window=maps.window,
+        softcap=maps.softcap,
         q_bias=q_bias,
         k_bias=k_bias,
         **values,

@@ -60,6 +60,7 @@ class MLA:
         q_norm, k_norm, norm_eps: of queries, and of keys once they are formed; of keys that are
             rotated whole alone.
         window: how many keys a query reads; None for all.
+        softcap: what scores are capped by; None for nothing.
         energy: the weighted squared error that leaving out each direction of the latent adds, for
             those that were left out too.
     """
@@ -83,6 +84,7 @@ class MLA:
     k_norm: Float[Tensor, " E"] | Float[Tensor, "G E"] | None = None
     norm_eps: float = 0.0
     window: int | None = None
+    softcap: float | None = None
     energy: tuple[float, ...] = ()
 
     @property
@@ -130,7 +132,7 @@ class MLA:
         biases: dict[str, Any] = dict(
             q_bias=self.q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=self.o_bias
         )
-        fixed: dict[str, Any] = dict(scaling=self.scaling, window=self.window)
+        fixed: dict[str, Any] = dict(scaling=self.scaling, window=self.window, softcap=self.softcap)
         if self.rope_on_read and self.k_rope is None:
             norms: dict[str, Any] = dict(
                 q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.norm_eps
@@ -313,6 +315,7 @@ def decoupled_mla(
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
         window=maps.window,
+        softcap=maps.softcap,
         q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
         kv_a_bias=bias,
         energy=tuple(factors.energy.tolist()),
@@ -341,6 +344,7 @@ def read_key_mla(
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
         window=maps.window,
+        softcap=maps.softcap,
         rope_on_read=True,
         k_rope=k_rope,
         k_rope_bias=bias,
@@ -372,6 +376,7 @@ def whole_key_mla(
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
         window=maps.window,
+        softcap=maps.softcap,
         rope_on_read=True,
         q_bias=maps.q_bias,
         kv_b_bias=bias,

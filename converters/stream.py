@@ -48,9 +48,14 @@ class LayerStream:
 
     def __post_init__(self) -> None:
         config = self.source.config
+        # The fused kernel caps no scores.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation="sdpa", dtype=torch.float32
+                config,
+                trust_remote_code=False,
+                attn_implementation="eager" if capped else "sdpa",
+                dtype=torch.float32,
             ).eval()
         # Built off the meta device: its frequencies are computed, not loaded.
         rotary = getattr(self.skeleton.base_model, "rotary_emb", None)
@@ -115,10 +120,7 @@ class LayerStream:
         parallel, post_norm = self.family.parallel(config), self.family.post_norm
         # Where each kind of layer has frequencies of its own, they are asked for by its name.
         kind = [layer_kind(config, layer)] if hasattr(self.rotary, "layer_types") else []
-        length, slides = self.tokens.shape[1], window(config, layer)
-        mask = None  # plainly causal
-        if slides is not None and slides < length:
-            mask = visible(slides, 0, length, self.device)[None, None]
+        mask = self._mask(layer)
         seen: list[tuple[Tensor, Tensor]] = []
         attention = module.get_submodule(self.family.attention)
         handle = attention.register_forward_hook(
@@ -154,6 +156,17 @@ class LayerStream:
                 "calibration text. The checkpoint is damaged, or is not that of its config.json."
             )
         return Activations(x, y, weights)
+
+    def _mask(self, layer: int) -> Tensor | None:
+        """What the layer's attention is given: None for plainly causal."""
+        length, slides = self.tokens.shape[1], window(self.source.config, layer)
+        eager = self.skeleton.config._attn_implementation == "eager"
+        if not eager and (slides is None or slides >= length):
+            return None
+        mask = visible(slides, 0, length, self.device)[None, None]
+        if not eager:
+            return mask
+        return torch.zeros(mask.shape, device=self.device).masked_fill(~mask, -torch.inf)
 
     def _rows(self) -> Iterator[slice]:
         count, length = self.tokens.shape

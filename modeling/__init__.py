@@ -31,6 +31,7 @@ FAMILIES = {
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
     "gemma3_text": "Gemma3",
+    "gemma2": "Gemma2",
     "olmoe": "Olmoe",
     "starcoder2": "Starcoder2",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from .rope_slots import rotate
 
@@ -30,6 +30,8 @@ class ConvertedAttention(nn.Module):
         slides = kinds is None or kinds[layer_idx] == "sliding_attention"
         # Masks have it too; some attention functions take it instead of a mask.
         self.sliding_window = getattr(config, "sliding_window", None) if slides else None
+        # Scores are capped by it, which not every attention function can.
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         # Not saved: ConvertedModelMixin._init_weights fills it after a load in meta mode.
@@ -74,6 +76,8 @@ class ConvertedAttention(nn.Module):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
         return attention(
             self,
             query,
@@ -100,7 +104,7 @@ class ConvertedAttention(nn.Module):
         The heads are rows of one product, so neither key nor value is copied for each head.
         """
         batch, heads, length, _ = query.shape
-        if self.config._attn_implementation == "eager":
+        if self.config._attn_implementation == "eager" or self.softcap is not None:
             scores = (query.flatten(1, 2) @ key.squeeze(1).transpose(1, 2)) * self.scaling
             weights = self._softmax(scores.view(batch, heads, length, -1), mask, query.dtype)
             return self._mix(weights, value), weights
@@ -120,9 +124,10 @@ class ConvertedAttention(nn.Module):
         batch, heads, length, _ = weights.shape
         return (weights.flatten(1, 2) @ value.squeeze(1)).view(batch, heads, length, -1)
 
-    @staticmethod
-    def _softmax(scores, mask, dtype):
+    def _softmax(self, scores, mask, dtype):
         """softmax of scores [B, H, T, S] under a boolean or additive mask, in fp32 or wider."""
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:

@@ -213,7 +213,8 @@ class MLAAttention(ConvertedAttention):
             free = query[..., :n].unflatten(1, (groups, -1))
             free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n]).flatten(1, 2)
             tail = query[..., n:]
-            if on_read and kernel_serves(self.config._attn_implementation, query):
+            kernel = self.softcap is None and kernel_serves(self.config._attn_implementation, query)
+            if on_read and kernel:
                 mixed, weights = kernel_read(
                     free, tail, cached, rope_weight, rope_bias, mask,
                     self.rope_index, angles, self.scaling,

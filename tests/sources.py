@@ -4,6 +4,8 @@ import folders
 import tiny
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -109,6 +111,13 @@ FAMILIES = {
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         GROUPED | MIXED | dict(query_pre_attn_scalar=12),
+    ),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GROUPED
+        | dict(sliding_window=16, layer_types=["full_attention", "sliding_attention"])
+        | dict(query_pre_attn_scalar=12, attn_logit_softcapping=3.0, final_logit_softcapping=9.0),
     ),
     "olmoe": (
         OlmoeConfig,

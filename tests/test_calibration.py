@@ -19,6 +19,7 @@ from rehead.converters.calibration import (
     score_importance,
 )
 from rehead.converters.maps import (
+    capped,
     normalised,
     position_angles,
     project,
@@ -63,22 +64,25 @@ def probed(maps, x, generator, free=None, twist=""):
             scores = scores + torch.einsum("the,she->hts", q_free, spread(k_free))
         future = torch.ones(len(row), len(row), dtype=torch.bool).triu(1)
         scaling = 1.0 if twist == "scaling" else maps.scaling
-        weights = (scores * scaling).masked_fill(future, -torch.inf).softmax(-1)
+        scores = capped(scores * scaling, None if twist == "softcap" else maps.softcap)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
         y = torch.einsum("hts,shv,dhv->td", weights, spread(v), maps.o)
         leaves = (q, k if k_free is None else k_free, v)
         grads.append(torch.autograd.grad((z * y).sum(), leaves))
     return [torch.stack(part) for part in zip(*grads, strict=True)]
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_probe_and_query_gradients_are_autograds(shape):
+def test_probe_and_query_gradients_are_autograds(shape, softcap):
     maps, x = layers.maps(**SHAPES[shape]).to(torch.float32), layers.inputs(3)
+    maps = replace(maps, softcap=softcap)
     queries, keys, values = probed(maps, x, seeded())
     found_keys, found_values = probe_gradients(maps, x, seeded())
     assert error(found_keys, keys) < 1e-5
     assert error(found_values, values) < 1e-5
     assert error(query_gradients(maps, x, seeded()), queries) < 1e-5
-    for twist in ("turned", "scaling"):
+    for twist in ("turned", "scaling", *(() if softcap is None else ("softcap",))):
         wrong = probed(maps, x, seeded(), twist=twist)
         assert error(found_keys, wrong[1]) > 1e-2
     assert error(found_values, probed(maps, x, seeded(4))[2]) > 1e-2
@@ -141,15 +145,20 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
         assert error(many, one) < 1e-5
 
 
-def test_output_change_is_the_squared_derivative_of_the_output():
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_output_change_is_the_squared_derivative_of_the_output(softcap):
     """J_ts = |d y_t / d score_ts|^2 for the head alone."""
     maps, x = layers.maps(v_dim=6).to(torch.float32), layers.inputs(1, 5)[0]
+    maps = replace(maps, softcap=softcap)
     (seen,) = attend(maps, x)
-    found = score_importance(maps, seen, output_norms(maps), seen.weights.square())
+    emphasis = seen.per_score(seen.weights).square()
+    found = score_importance(maps, seen, output_norms(maps), emphasis)
     v = seen.v.repeat_interleave(maps.repeats, 0)
-    scores = seen.weights.clamp_min(1e-30).log()
+    scores = (seen.q @ seen.k.repeat_interleave(maps.repeats, 0).mT) * maps.scaling
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
     def outputs(scores):
+        scores = capped(scores, softcap).masked_fill(future, -torch.inf)
         return torch.einsum("hts,hsv,dhv->htd", scores.softmax(-1), v, maps.o)
 
     jacobian = torch.autograd.functional.jacobian(outputs, scores)  # [h t d, h t s]

@@ -119,7 +119,7 @@ def test_the_maps_are_transformers_own_attention(case, monkeypatch):
         factor = rope_of(model)[1]
         if factor != 1:
             wrong["factor"] = replace(maps, scaling=maps.scaling / factor**2)
-    for name in ("q_bias", "o_bias", "q_norm", "k_norm", "window"):
+    for name in ("q_bias", "o_bias", "q_norm", "k_norm", "window", "softcap"):
         if getattr(maps, name) is not None:
             wrong[name] = replace(maps, **{name: None})
     if 0 < family.rotary_dim(model.config) < maps.qk_dim:
@@ -237,6 +237,7 @@ def cached_and_full(model):
 # Every form where attention is read in a way of its own, and of the rest enough to see each class.
 EXACT = [
     *((f, form) for f in ("phi3", "stablelm", "gpt_neox", "gemma", "gpt2") for form in FORMS),
+    *(("gemma2", form) for form in FORMS),
     *((f, form) for f in ("mixtral", "qwen2_moe", "phi", "olmo", "opt") for form in ("mla", "gqa")),
     *((f, "mfa-kr") for f in ("mixtral", "phi", "opt", "seed_oss")),
     *((family, "mla") for family in ("seed_oss", "starcoder2")),
@@ -269,9 +270,9 @@ def test_the_whole_budget_is_exact(case, form, saved, text, tmp_path):
 
 HALVES = [
     *((f, "mla") for f in sources.FAMILIES if f not in tiny.SOURCES and f not in NORMED),
-    *((family, "mla on read") for family in ("phi3", "gpt_neox", *NORMED)),
+    *((family, "mla on read") for family in ("phi3", "gpt_neox", "gemma2", *NORMED)),
     *((family, "mfa") for family in ("phi3", "stablelm", "gpt2")),
-    *((family, "mfa-kr") for family in ("gpt_neox", "opt", "gemma", "mixtral")),
+    *((family, "mfa-kr") for family in ("gpt_neox", "opt", "gemma", "gemma2", "mixtral")),
     *((family, "gqa") for family in ("phi3", "stablelm", "phi", "gpt_neox", "gpt2", "opt")),
     *(("mistral, sliding", form) for form in FORMS),
     *((case, "mla on read") for case in ("qwen2, sliding", "qwen3, sliding")),
@@ -502,7 +503,7 @@ def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path
         ("t5", "no causal decoder"),
         ("bert", "no causal decoder"),
         ("hunyuan_v1_dense", "normalises queries and keys"),
-        ("gemma2", "caps its scores"),
+        ("cohere2", "in some of its layers only"),
         ("gemma3", "reads images too"),
         ("bloom", "ALiBi"),
     ],

@@ -142,6 +142,13 @@ FAMILIES = {
             post_norm="post_attention_layernorm",
             refuse=_BOTH_WAYS,
         ),
+        Family(
+            "gemma2",
+            scale=lambda config: config.query_pre_attn_scalar**-0.5,
+            embed_scale=lambda config: config.hidden_size**0.5,
+            post_norm="post_attention_layernorm",
+            refuse=_BOTH_WAYS,
+        ),
         Family("olmoe", qk_norm="all", experts=_QWEN_EXPERTS, refuse=_CLIPPED),
         Family("starcoder2"),
     )
@@ -151,7 +158,7 @@ _LATENT = "has multi-head latent attention already, and a cache that small"
 _NO_SOFTMAX = "has layers without softmax attention, which keep a state and no cache of keys"
 _NOT_CAUSAL = "is no causal decoder, so it has no cache of keys and values to shrink"
 _NORM = "normalises queries and keys in a way that is not supported yet"
-_CAPPED = "caps its scores or mixes kinds of layers in a way that is not supported yet"
+_MIXED = "rotates keys in some of its layers only, which is not supported yet"
 _IMAGES = "reads images too (its language model alone, gemma3_text, is supported)"
 _ALIBI = "adds biases by distance to its scores (ALiBi), which is not supported yet"
 
@@ -166,7 +173,7 @@ REFUSED = {
         "mbart modernbert mpnet mt5 pegasus roberta switch_transformers t5 umt5 whisper "
         "xlm-roberta",
         _NORM: "flex_olmo hunyuan_v1_dense",
-        _CAPPED: "cohere2 gemma2",
+        _MIXED: "cohere2",
         _IMAGES: "gemma3",
         _ALIBI: "bloom mpt",
     }.items()

@@ -185,6 +185,7 @@ class Family:
             inv_freq=torch.cat([inv_freq, still]).double(),
             scaling=self.scale(config) * (attention_factor**2 if rotated else 1.0),
             window=window,
+            softcap=getattr(config, "attn_logit_softcapping", None),
             **norms,
         )
 
