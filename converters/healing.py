@@ -23,7 +23,7 @@ LEARNING_RATE = 0.01
 WARM_UP = 0.1
 # Small batches and many steps go further than the reverse at the same cost.
 TOKENS_PER_STEP = 1024
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 1024
 BETAS = (0.9, 0.95)
 # The relative error from which on the full rate is right; below, the rate falls with its root.
 FULL_RATE_ERROR = 0.04
@@ -36,6 +36,12 @@ class Form(Protocol):
 
     @property
     def inv_freq(self) -> Tensor: ...
+
+    @property
+    def o(self) -> Tensor: ...
+
+    @property
+    def o_bias(self) -> Tensor | None: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -61,29 +67,49 @@ class OutputError:
 
 @torch.no_grad()
 def output_error(
-    form: Form, seen: Activations, heads: Float[Tensor, "N T H V"] | None = None
+    form: Form,
+    seen: Activations,
+    heads: Float[Tensor, "N T H V"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> OutputError:
     """The form's error on what the original attention saw and did, weighted by `seen.weights`.
 
     Args:
-        heads: `heads_of(form, seen.x)`, where it is known.
+        heads: `heads_of(form, seen.x, dtype)`, where it is known.
+        dtype: to compute them in.
     """
-    maps = form.expand().to(torch.float32)
+    maps = maps_in(form, dtype) if heads is None else None
+    o, o_bias = form.o.flatten(1).float(), None if form.o_bias is None else form.o_bias.float()
     wrong = total = 0.0
     for rows in _batches(seen.x):
         part = seen[rows]
-        out = head_outputs(maps, part.x) if heads is None else heads[rows]
-        off = linear(out.flatten(2), maps.o.flatten(1), maps.o_bias) - part.y
+        out = heads[rows] if maps is None else heads_by(maps, part.x)  # type: ignore[index]
+        off = linear(out.flatten(2), o, o_bias) - part.y
         wrong += float((off.square().sum(-1) * part.weights).sum())
         total += float((part.y.square().sum(-1) * part.weights).sum())
     return OutputError(wrong / max(total, 1e-30), wrong / seen.weights.numel())
 
 
 @torch.no_grad()
-def heads_of(form: Form, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
-    """What the form's output map reads, in float32."""
-    maps = form.expand().to(torch.float32)
-    return torch.cat([head_outputs(maps, x[rows]) for rows in _batches(x)])
+def heads_of(
+    form: Form, x: Float[Tensor, "N T D"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "N T H V"]:
+    """What the form's output map reads, in float32, computed in that dtype."""
+    maps = maps_in(form, dtype)
+    return torch.cat([heads_by(maps, x[rows]) for rows in _batches(x)])
+
+
+def maps_in(form: Form, dtype: torch.dtype) -> AttentionMaps:
+    """The form's maps in that dtype. In bfloat16 they are never held in a wider one."""
+    if dtype != torch.bfloat16:
+        return form.expand().to(dtype)
+    rounded = {name: tensor.to(dtype) for name, tensor in form.tensors().items()}
+    return replace(form, **rounded).expand()
+
+
+def heads_by(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
+    """`head_outputs` in the maps' dtype, as float32."""
+    return head_outputs(maps, x.to(maps.q.dtype)).float()
 
 
 def _batches(x: Float[Tensor, "N T D"]) -> Iterator[slice]:

@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from .clock import Clock
 from .errors import InputError
 from .families import Family
 from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error
-from .maps import AttentionMaps
+from .maps import AttentionMaps, attention
 from .memory import release
 from .plan import TRIED_WIDTHS, spend
 from .recipe import LayerReport, Recipe
@@ -36,12 +37,15 @@ REFIT_SEQUENCES = 4
 COMPARED_TOKENS = 512
 # The last so many of either are held out: they measure errors.
 MEASURE_SEQUENCES = 4
-# From this hidden size on, layers are factorised in single precision: in half the memory and time,
-# for weights that are stored in 16 bits.
+# From this hidden size on, layers are factorised in single precision and their dims compared by
+# heads in bfloat16: in half the memory and time, for weights that are stored in 16 bits.
 WIDE = 2048
-# A layer whose relative error is below this is left as it is: what fitting sees of it may be the
-# rounding of bfloat16 alone.
+# A form whose output is that near its maps' is the same attention, and a layer whose error is below
+# the second is left as it is: there is nothing to fit.
+SAME = 1e-8
 EXACT = 1e-4
+# The tokens that tell whether it is.
+COMPARED_FOR_SAME = 256
 
 Sequences = TypeVar("Sequences", Tensor, Activations)
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -62,7 +66,11 @@ class Job:
         self.source, self.family, self.recipe, self.target = source, family, recipe, target
         self.device, self.progress = device, progress
         self.layers = source.config.num_hidden_layers
-        self.precision = torch.float32 if source.config.hidden_size >= WIDE else torch.float64
+        # What the model and its forms are run in, and what they are factorised in.
+        self.dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        wide = source.config.hidden_size >= WIDE
+        self.precision = torch.float32 if wide else torch.float64
+        self.compared = self.dtype if wide else torch.float32
         self.clock = Clock()
 
     def survey(self, tokens: Tensor, work: Path) -> Sequence[Dims]:
@@ -71,7 +79,7 @@ class Job:
             if not name.startswith(f"{self.family.layers}."):
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
         # What moments and choices take from the text is coarser than bfloat16.
-        stream = self._stream(tokens[:SURVEY_SEQUENCES], has_fast_bfloat16(self.device))
+        stream = self._stream(tokens[:SURVEY_SEQUENCES], self.dtype == torch.bfloat16)
         curves, shares = [], []
         for layer in range(self.layers):
             self._survey_layer(stream, layer, file := _moments_file(work, layer))
@@ -119,7 +127,8 @@ class Job:
 
         def error(width: int, share: float) -> float:
             form = build(target.dims(width, share))
-            return output_error(refit_output(form, fitting), measured).absolute
+            refit = refit_output(form, fitting, self.compared)
+            return output_error(refit, measured, dtype=self.compared).absolute
 
         at_mean = cache(partial(error, target.width))
         share = target.choose(at_mean)
@@ -157,20 +166,27 @@ class Job:
         Returns:
             A report of every layer, and which projections have a bias.
         """
-        # The noise of bfloat16 is far below the errors that healing and a budget leave.
-        lossy = bool(self.recipe.heal) or self.target.fixed is None
-        stream = self._stream(tokens, lossy and has_fast_bfloat16(self.device))
+        # The noise of bfloat16 is far below the errors that a budget leaves.
+        stream = self._stream(tokens, self.dtype == torch.bfloat16)
         stage = "heal" if self.recipe.heal else "factorise"
         reports, biases = [], {}
         for layer, dim in enumerate(dims):
             seen = stream.advance(layer)
             file = work / f"fitted-{layer:04d}.pt"
             if not file.exists():
-                form, before = self._build(stream, layer, dim, work)
+                maps = stream.maps(layer).to(self.precision)
+                with self.clock("factorise"):
+                    known = load(_moments_file(work, layer))["moments"]
+                    form = self.target.builder(maps, known)(dim)
                 with self.clock("fit"):
-                    fitted = self._fit(layer, form, seen)
+                    before, meant = parameters_of(maps), exactly(maps, form, seen)
+                    del maps, known
+                    if meant is None:
+                        fitted = self._fit(layer, form, seen, self.dtype)
+                    else:
+                        fitted = self._fit(layer, form, meant, torch.float32)
                 save(file, (*fitted, before))
-                del form, fitted
+                del form, fitted, meant
                 if not self.recipe.native:  # which asks all layers' again
                     known = _moments_file(work, layer)
                     save(known, load(known) | {"moments": None})
@@ -208,14 +224,6 @@ class Job:
                     writer.add(name, cast(name, tensor, dtype) if everything else tensor)
         return reports, biases
 
-    def _build(self, stream: LayerStream, layer: int, dim: Dims, work: Path) -> tuple[Form, int]:
-        """(a layer's closed form, its parameters before)."""
-        maps = stream.maps(layer).to(self.precision)
-        with self.clock("factorise"):
-            form = self.target.builder(maps, load(_moments_file(work, layer))["moments"])(dim)
-        before = sum(t.numel() for t in vars(maps).values() if isinstance(t, Tensor))
-        return form, before - maps.inv_freq.numel()
-
     def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
         """Raises unless the folder computes, layer by layer, what the layers were fitted to."""
         forms = (load(work / f"fitted-{i:04d}.pt")[0] for i in range(self.layers))
@@ -224,24 +232,26 @@ class Job:
             for layer, off in enumerate(found, 1):
                 self.progress("verify", layer, self.layers, {"off by": off})
 
-    def _fit(self, layer: int, form: Form, seen: Activations) -> tuple[Form, float, float]:
+    def _fit(
+        self, layer: int, form: Form, seen: Activations, dtype: torch.dtype
+    ) -> tuple[Form, float, float]:
         """(the form, the error of its closed form, and the one that is left)."""
         generator = self._generator(layer)
         fitting, measured = hold_out(seen)
         x = fitting.x[: SURVEY_SEQUENCES - MEASURE_SEQUENCES]
-        heads = heads_of(form, measured.x)
+        heads = heads_of(form, measured.x, dtype)
         closed = output_error(form, measured, heads).relative
         finished = self.target.finish(form, x, closed, generator)
         if finished is not form:
-            heads = heads_of(form := finished, measured.x)
+            heads = heads_of(form := finished, measured.x, dtype)
             closed = output_error(form, measured, heads).relative
         if closed < EXACT or not self.target.refits:
             return form, closed, closed
         # The output map last: fitted first, it holds the other maps where they are.
         fitted = heal(form, fitting, steps=self.recipe.heal, generator=generator)
         if fitted is not form:
-            heads = heads_of(fitted, measured.x)
-        fitted = refit_output(fitted, fitting)
+            heads = heads_of(fitted, measured.x, dtype)
+        fitted = refit_output(fitted, fitting, dtype)
         error = output_error(fitted, measured, heads).relative
         return (fitted, closed, error) if error < closed else (form, closed, closed)
 
@@ -250,6 +260,27 @@ class Job:
 
     def _generator(self, layer: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)
+
+
+def parameters_of(maps: AttentionMaps) -> int:
+    tensors = (t for t in vars(maps).values() if isinstance(t, Tensor))
+    return sum(t.numel() for t in tensors) - maps.inv_freq.numel()
+
+
+@torch.no_grad()
+def exactly(maps: AttentionMaps, form: Form, seen: Activations) -> Activations | None:
+    """What the maps do on the text, in float32, if the form does the same; else None.
+
+    What the running model did may be rounded to bfloat16, and would make an exact layer's error.
+    """
+    maps = maps.to(torch.float32)
+    x = seen.x[:1, :COMPARED_FOR_SAME]
+    meant = attention(maps, x)
+    off = attention(form.expand().to(torch.float32), x) - meant
+    if not off.square().sum() < SAME * meant.square().sum():
+        return None
+    y = torch.cat([attention(maps, sequence[None]) for sequence in seen.x])
+    return replace(seen, y=y)
 
 
 def _moments_file(work: Path, layer: int) -> Path:

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .activations import Activations
-from .healing import Form
-from .maps import head_outputs
+from .healing import Form, heads_by, maps_in
 
 # Ridges to choose from, as shares of the mean energy of a feature.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -23,31 +22,34 @@ FormT = TypeVar("FormT", bound=Form)
 
 
 @torch.no_grad()
-def refit_output(form: FormT, seen: Activations) -> FormT:
+def refit_output(form: FormT, seen: Activations, dtype: torch.dtype = torch.float32) -> FormT:
     """The form with o (and its bias) replaced by the ridge regression of the original's output.
 
     The output is linear in o, so that given queries, keys and values the best o has a closed form.
     The ridge draws towards the o at hand; it is chosen on a quarter of the sequences, where "no
     change" takes part as well, and then all are used. The equations are solved in the form's
     precision.
+
+    Args:
+        dtype: to compute the heads' outputs in.
     """
-    maps = form.expand()
-    narrow = maps.to(torch.float32)
-    o = narrow.o.flatten(1)
-    if narrow.o_bias is not None:
-        o = torch.cat([o, narrow.o_bias[:, None]], dim=1)
+    maps = maps_in(form, dtype)
+    bias = form.o_bias
+    o = form.o.flatten(1).float()
+    if bias is not None:
+        o = torch.cat([o, bias[:, None].float()], dim=1)
 
     def features(x: Tensor) -> Tensor:
-        out = head_outputs(narrow, x[None])[0].flatten(1)  # [T, H V]
-        return out if maps.o_bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
+        out = heads_by(maps, x[None])[0].flatten(1)  # [T, H V]
+        return out if bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
 
-    delta = output_step(features, o, seen, maps.o.dtype)
+    delta = output_step(features, o, seen, form.o.dtype)
     if delta is None:
         return form
     width = maps.heads * maps.v_dim
-    fitted = {"o": maps.o + delta[:, :width].unflatten(1, maps.o.shape[1:])}
-    if maps.o_bias is not None:
-        fitted["o_bias"] = maps.o_bias + delta[:, width]
+    fitted = {"o": form.o + delta[:, :width].unflatten(1, form.o.shape[1:])}
+    if bias is not None:
+        fitted["o_bias"] = bias + delta[:, width]
     return replace(form, **fitted)
 
 
