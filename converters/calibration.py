@@ -55,7 +55,7 @@ class Attended:
     weights: Float[Tensor, "H B S"]
     slopes: Float[Tensor, "H B S"] | None = None
 
-    def per_score(self, x: Float[Tensor, "H B S"]) -> Float[Tensor, "H B S"]:
+    def per_score(self, x: Float[Tensor, "*heads B S"]) -> Float[Tensor, "*heads B S"]:
         """Changes per unit of what softmax is taken of, as those per unit of the score."""
         return x if self.slopes is None else x * self.slopes.view_as(x)
 

@@ -172,7 +172,8 @@ def score_weights(
 ) -> Float[Tensor, "H B S"]:
     """a_ts^1/2 / sum_s a_ts^1/2 times |o_h (v_s - o_t)|^2."""
     spread = seen.weights**TEMPER  # 0 for what is to come
-    return score_importance(maps, seen, norms, spread / spread.sum(-1, keepdim=True))
+    spread = spread / spread.sum(-1, keepdim=True)
+    return score_importance(maps, seen, norms, seen.per_score(seen.per_score(spread)))
 
 
 def to_gqa(

@@ -40,12 +40,11 @@ MEASURE_SEQUENCES = 4
 # From this hidden size on, layers are factorised in single precision and their dims compared by
 # heads in bfloat16: in half the memory and time, for weights that are stored in 16 bits.
 WIDE = 2048
-# A form whose output is that near its maps' is the same attention, and a layer whose error is below
-# the second is left as it is: there is nothing to fit.
-SAME = 1e-8
+# A layer whose relative error is below this is left as it is: there is nothing to fit.
 EXACT = 1e-4
-# The tokens that tell whether it is.
-COMPARED_FOR_SAME = 256
+# The tokens that tell whether it is, and how far bfloat16 may take the model from the maps.
+EXACT_TOKENS = 256
+ROUNDED = 1e-2
 
 Sequences = TypeVar("Sequences", Tensor, Activations)
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -121,7 +120,8 @@ class Job:
         """({width: error}, share of rotated dims) of one layer, with its output map refit.
 
         The output map mends much of what lost rotations cost and less of what lost rank does. In
-        single precision errors came out the same to 1e-4.
+        single precision errors came out the same to 1e-4; bfloat16 (`compared`) moves one by some
+        1e-4 of the output.
         """
         target, build = self.target, self.target.builder(maps, moments)
 
@@ -166,7 +166,7 @@ class Job:
         Returns:
             A report of every layer, and which projections have a bias.
         """
-        # The noise of bfloat16 is far below the errors that a budget leaves.
+        # The noise of bfloat16 is below what a budget costs; `exactly` sees to the rest.
         stream = self._stream(tokens, self.dtype == torch.bfloat16)
         stage = "heal" if self.recipe.heal else "factorise"
         reports, biases = [], {}
@@ -243,6 +243,7 @@ class Job:
         closed = output_error(form, measured, heads).relative
         finished = self.target.finish(form, x, closed, generator)
         if finished is not form:
+            del heads
             heads = heads_of(form := finished, measured.x, dtype)
             closed = output_error(form, measured, heads).relative
         if closed < EXACT or not self.target.refits:
@@ -269,18 +270,23 @@ def parameters_of(maps: AttentionMaps) -> int:
 
 @torch.no_grad()
 def exactly(maps: AttentionMaps, form: Form, seen: Activations) -> Activations | None:
-    """What the maps do on the text, in float32, if the form does the same; else None.
+    """What the maps do on the text, in float32, if the form does almost the same; else None.
 
-    What the running model did may be rounded to bfloat16, and would make an exact layer's error.
+    What the running model did may be rounded to bfloat16, and would be such a layer's whole error.
+    None also where the maps are not what the model does.
     """
     maps = maps.to(torch.float32)
-    x = seen.x[:1, :COMPARED_FOR_SAME]
+    x = seen.x[:1, :EXACT_TOKENS]
     meant = attention(maps, x)
-    off = attention(form.expand().to(torch.float32), x) - meant
-    if not off.square().sum() < SAME * meant.square().sum():
+    if not _distance(attention(form.expand().to(torch.float32), x), meant) < EXACT:
         return None
     y = torch.cat([attention(maps, sequence[None]) for sequence in seen.x])
-    return replace(seen, y=y)
+    return replace(seen, y=y) if _distance(y, seen.y) < ROUNDED else None
+
+
+def _distance(found: Tensor, meant: Tensor) -> float:
+    """Squared, over the squared length of what was meant."""
+    return float((found - meant).square().sum() / meant.square().sum().clamp_min(1e-30))
 
 
 def _moments_file(work: Path, layer: int) -> Path:

@@ -161,7 +161,8 @@ def normalised(
     if weight is None:
         return z
     dims = tuple(range(-weight.dim(), 0))
-    return z * (z.square().mean(dims, keepdim=True) + eps).rsqrt() * weight
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return (wide * (wide.square().mean(dims, keepdim=True) + eps).rsqrt() * weight).to(z.dtype)
 
 
 def augmented(
@@ -238,9 +239,11 @@ def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor
     q, k = q.to(v.dtype), k.to(v.dtype)
     length = x.shape[1]
     if maps.softcap is not None:  # which the fused kernel does not know
-        scores = q.unflatten(1, (maps.kv_heads, -1)) @ k[:, :, None].mT * maps.scaling
+        grouped = q.float().unflatten(1, (maps.kv_heads, -1))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = grouped @ k.float()[:, :, None].mT * maps.scaling
         unseen = ~visible(maps.window, 0, length, x.device)
-        scores = capped(scores.float(), maps.softcap).masked_fill(unseen, -torch.inf)
+        scores = capped(scores, maps.softcap).masked_fill(unseen, -torch.inf)
         heads = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
         return heads.flatten(1, 2).transpose(1, 2)
     # The CPU's fused kernel wants keys and values of one width.

@@ -48,8 +48,9 @@ class LayerStream:
 
     def __post_init__(self) -> None:
         config = self.source.config
-        # The fused kernel caps no scores.
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        # The fused kernel caps no scores, and the plain one would round them.
+        capped = self.family.softcap(config) is not None
+        self.low_precision &= not capped
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(
                 config,
@@ -155,7 +156,7 @@ class LayerStream:
                 f"{self.source.path}: layer {layer} gives values that are not finite on the "
                 "calibration text. The checkpoint is damaged, or is not that of its config.json."
             )
-        return Activations(x, y, weights)
+        return Activations(*(part.to(self.device) for part in (x, y, weights)))
 
     def _mask(self, layer: int) -> Tensor | None:
         """What the layer's attention is given: None for plainly causal."""
@@ -170,7 +171,8 @@ class LayerStream:
 
     def _rows(self) -> Iterator[slice]:
         count, length = self.tokens.shape
-        step = max(1, TOKENS_AT_ONCE // length)
+        eager = self.skeleton.config._attn_implementation == "eager"
+        step = 1 if eager else max(1, TOKENS_AT_ONCE // length)
         for start in range(0, count, step):
             yield slice(start, start + step)
 

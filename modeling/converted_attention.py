@@ -31,7 +31,7 @@ class ConvertedAttention(nn.Module):
         # Masks have it too; some attention functions take it instead of a mask.
         self.sliding_window = getattr(config, "sliding_window", None) if slides else None
         # Scores are capped by it, which not every attention function can.
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.softcap = config.attn_logit_softcapping if config.caps_scores else None
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         # Not saved: ConvertedModelMixin._init_weights fills it after a load in meta mode.
@@ -77,6 +77,11 @@ class ConvertedAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         if self.softcap is not None:
+            if self.config._attn_implementation in ("sdpa", "rehead_triton"):
+                raise ValueError(
+                    f"{self.config._attn_implementation} does not cap scores, as this model does. "
+                    'Give attn_implementation="eager".'
+                )
             kwargs["softcap"] = self.softcap
         return attention(
             self,

@@ -20,6 +20,8 @@ class ConvertedConfigMixin(PreTrainedConfig):
     attention_name: ClassVar[str] = "self_attn"
     # Whether the family's classes may rotate a part of each head alone.
     partial_rotary: ClassVar[bool] = False
+    # Whether the family's classes cap scores by `attn_logit_softcapping`.
+    caps_scores: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {}
     # The widths with a list for layers, and the least each may be.
     least_widths: ClassVar[dict[str, int]] = {"qk_rope_head_dim": 0}

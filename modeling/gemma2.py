@@ -12,6 +12,7 @@ from .mla_config import MLAConfigMixin
 @strict
 class Gemma2MLAConfig(MLAConfigMixin, Gemma2Config):
     model_type = "rehead_gemma2_mla"
+    caps_scores = True
 
 
 class Gemma2MLAModel(ConvertedModel, Gemma2Model):
@@ -26,6 +27,7 @@ class Gemma2MLAForCausalLM(ConvertedForCausalLM, Gemma2ForCausalLM):
 @strict
 class Gemma2MFAConfig(MFAConfigMixin, Gemma2Config):
     model_type = "rehead_gemma2_mfa"
+    caps_scores = True
 
 
 class Gemma2MFAModel(ConvertedModel, Gemma2Model):

@@ -166,6 +166,23 @@ def test_output_change_is_the_squared_derivative_of_the_output(softcap):
     assert torch.allclose(found, own.square().sum(-1), rtol=1e-3, atol=1e-6 * float(found.max()))
 
 
+def test_phase_moments_go_back_through_a_cap():
+    maps, x = layers.maps(v_dim=6).to(torch.float32), layers.inputs(1, 5)
+    maps = replace(maps, softcap=0.5)
+    found = phase_moments(maps, x).inputs
+
+    def wanted(slope):
+        (seen,) = attend(maps, x[0])
+        assert seen.slopes is not None
+        emphasis = (seen.weights * seen.slopes**slope).square()
+        read = score_importance(maps, seen, output_norms(maps), emphasis).sum((0, 1))
+        keyed = torch.cat([x[0], torch.ones(5, 1)], dim=1)
+        return (keyed * read[:, None]).T @ keyed / read.sum()
+
+    assert error(found, wanted(1)) < 1e-5
+    assert error(found, wanted(0)) > 1e-3
+
+
 def uniform(length, heads=2, width=4):
     """Attention without any preference over one-hot tokens: v_s = e_s, and o adds them up.
 

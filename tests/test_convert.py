@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import folders
@@ -27,6 +28,7 @@ from transformers import (
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
 from rehead.converters import FORMS, ROPES, InputError, convert, job, plan, targets
 from rehead.converters.checkpoint import open_source
+from rehead.converters.families import Family
 from rehead.converters.rope_split import Components, rope_base, standard_rope_pairs
 from rehead.evaluation import kv_bytes_per_token
 
@@ -142,13 +144,30 @@ def test_the_whole_budget_is_exact(family, rope_type, fields, variant, run, tmp_
     )
 
 
+def test_maps_that_are_not_the_models_are_told(source, run, tmp_path, monkeypatch):
+    """At the whole cache too, where a layer is measured against its own maps."""
+    read = Family.read
+
+    def wrong(*given):
+        maps = read(*given)
+        return replace(maps, v=2 * maps.v)
+
+    right = run(source[0], tmp_path / "right", kv_budget="100%")
+    monkeypatch.setattr(Family, "read", wrong)
+    done = run(source[0], tmp_path / "out", kv_budget="100%")
+    assert max(layer.error for layer in right.layers) < 1e-8
+    assert min(layer.closed_form_error for layer in done.layers) > 0.5
+
+
+@pytest.mark.parametrize(("wide", "rounding"), [(2048, 1e-5), (1, 3e-3)])
 @pytest.mark.parametrize("rope", ROPES)
-def test_what_is_exact_is_not_healed(rope, source, run, tmp_path, monkeypatch):
-    """Though healing reads its targets in bfloat16, and so sees an error."""
+def test_what_is_exact_is_not_healed(rope, wide, rounding, source, run, tmp_path, monkeypatch):
+    """Though healing reads its targets in bfloat16; and if factorised in single precision."""
+    monkeypatch.setattr(job, "WIDE", wide)
     monkeypatch.setattr(job, "heal", pytest.fail)
     monkeypatch.setattr(job, "refit_output", pytest.fail)
     done = run(source[0], tmp_path / "out", kv_budget="100%", heal=2, rope=rope)
-    assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < 1e-5
+    assert error(logits(loaded(tmp_path / "out")), logits(source[1])) < rounding
     assert all(layer.error == layer.closed_form_error for layer in done.layers)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rehead.converters.activations import Activations
-from rehead.converters.healing import _orders, _rate, heal, output_error
+from rehead.converters.healing import _orders, _rate, heads_of, heal, output_error
 from rehead.converters.maps import reference_attention
 from rehead.converters.mla import mla_moments, to_mla, with_low_rank_queries
 from rehead.converters.plan import LayerDims
@@ -105,6 +105,15 @@ def test_output_error_is_that_of_the_definition():
     assert output_error(start, replace(UNSEEN, weights=3 * UNSEEN.weights)).relative == (
         pytest.approx(found.relative, rel=1e-5)
     )
+
+
+def test_heads_in_bfloat16_are_those_of_float32_rounded():
+    start = form()
+    wanted, found = heads_of(start, UNSEEN.x), heads_of(start, UNSEEN.x, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert 1e-4 < float((found - wanted).norm() / wanted.norm()) < 3e-2
+    assert output_error(start, UNSEEN, found) == output_error(start, UNSEEN, dtype=torch.bfloat16)
+    assert output_error(start, UNSEEN, wanted) == output_error(start, UNSEEN)
 
 
 def test_output_error_of_nothing_is_finite():

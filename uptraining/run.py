@@ -11,6 +11,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..converters.checkpoint import Source, locate, open_source
 from ..converters.errors import InputError
+from ..converters.healing import has_fast_bfloat16
 from ..converters.memory import peak_rss_bytes
 from ..evaluation import load_model, load_tokenizer
 from .adapters import ADAPTER, add_trained, keep_start, merged_weights, save_adapter
@@ -20,7 +21,6 @@ from .data import Prepared, prepare
 from .distiller import Distiller, Interrupted, Progress, Report, Stop
 from .precision import (
     attention_implementation,
-    fast_bfloat16,
     settle,
     training_device,
     without_denormals,
@@ -70,7 +70,7 @@ def uptrain(
     source = open_source(config.model)
     recipe = config.resolved(
         source=_remembered_source(source) if config.teacher is None else None,
-        dtype="bfloat16" if fast_bfloat16(place) else "float32",
+        dtype="bfloat16" if has_fast_bfloat16(place) else "float32",
     )
     if recipe.full and form == "adapter":
         raise InputError("--full trains no adapter. Give --merge, or leave --full out.")

@@ -145,6 +145,7 @@ FAMILIES = {
         Family(
             "gemma2",
             scale=lambda config: config.query_pre_attn_scalar**-0.5,
+            softcap=lambda config: config.attn_logit_softcapping,
             embed_scale=lambda config: config.hidden_size**0.5,
             post_norm="post_attention_layernorm",
             refuse=_BOTH_WAYS,

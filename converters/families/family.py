@@ -79,6 +79,7 @@ class Family:
             or of "all" together, in families that rotate whole heads; None for none.
         norms_from: what their weights are stored less of.
         scale: what scores are multiplied with.
+        softcap: what scores are capped by; None for nothing.
         positions: the table of learned positions; the first is the one in row `first_position`.
         embed_scale: what embeddings are multiplied with.
         post_norm: path, in a layer, of the norm between attention and the residual stream.
@@ -105,6 +106,7 @@ class Family:
     scale: Callable[[PretrainedConfig], float] = field(
         default=lambda config: head_dim(config) ** -0.5
     )
+    softcap: Callable[[PretrainedConfig], float | None] = field(default=lambda config: None)
     positions: str | None = None
     first_position: int = 0
     embed_scale: Callable[[PretrainedConfig], float] = field(default=lambda config: 1.0)
@@ -185,7 +187,7 @@ class Family:
             inv_freq=torch.cat([inv_freq, still]).double(),
             scaling=self.scale(config) * (attention_factor**2 if rotated else 1.0),
             window=window,
-            softcap=getattr(config, "attn_logit_softcapping", None),
+            softcap=self.softcap(config),
             **norms,
         )
 
