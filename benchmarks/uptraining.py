@@ -104,6 +104,8 @@ def plot(name: str, output: Annotated[Path, typer.Option()]) -> None:
     if original is not None:
         axes.axhline(original, color="0.5", linewidth=1, label="original")
     axes.set(xlabel="million tokens", ylabel="held-out perplexity", yscale="log")
+    for ticks in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{ticks}_formatter")("{x:.4g}")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     output.parent.mkdir(parents=True, exist_ok=True)
