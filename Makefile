@@ -14,13 +14,19 @@ LLAMA_CPP := xllamacpp==2026.10.11549
 # Its interpreter runs the GPU kernel's tests on a CPU.
 TRITON := triton==3.9.0
 
-.PHONY: demo test nightly docs lint format clean
+.PHONY: demo test browser nightly docs lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+# For the tests of pages, which fail without one. Where it cannot be installed, they say so.
+browser:
+	-@command -v chromium >/dev/null || command -v chromium-headless-shell >/dev/null \
+		|| command -v google-chrome >/dev/null || [ "$$(id -u)" != 0 ] \
+		|| { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell; } >/dev/null
 
 nightly: $(VENV)/.dev
 	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) \

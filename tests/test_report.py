@@ -61,13 +61,13 @@ def page(done, comparison) -> str:
     return report_page(done, comparison)
 
 
-def test_ci_does_not_do_without_a_browser(monkeypatch):
+def test_no_browser_is_a_failure(monkeypatch):
     monkeypatch.setattr(browser, "NAMES", ("no-such-browser",))
-    monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no browser: none of no-such-browser"):
         browser.find()
 
 
+@pytest.mark.browser
 def test_a_browser_draws_the_page_on_a_phone(page, tmp_path):
     seen = browser.look_at(page, tmp_path)
     assert (seen["width"], seen["console"]) == (browser.PHONE, [])
@@ -78,6 +78,7 @@ def test_a_browser_draws_the_page_on_a_phone(page, tmp_path):
         assert words in seen["text"].replace("49.00%", "0.49")
 
 
+@pytest.mark.browser
 def test_a_broken_page_would_be_seen(page, tmp_path):
     page = re.sub(r'(base64,.{200})[^"]+', r"\1", page, count=1)  # a drawing cut short
     page = page.replace("</body>", "<p style='width:500px'>x</p></body>")
