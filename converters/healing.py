@@ -78,15 +78,11 @@ def output_error(
         heads: `heads_of(form, seen.x, dtype)`, where it is known.
         dtype: to compute them in.
     """
-    maps = maps_in(form, dtype) if heads is None else None
+    heads = heads_of(form, seen.x, dtype) if heads is None else heads
     o, o_bias = form.o.flatten(1).float(), None if form.o_bias is None else form.o_bias.float()
-    wrong = total = 0.0
-    for rows in _batches(seen.x):
-        part = seen[rows]
-        out = heads[rows] if maps is None else heads_by(maps, part.x)  # type: ignore[index]
-        off = linear(out.flatten(2), o, o_bias) - part.y
-        wrong += float((off.square().sum(-1) * part.weights).sum())
-        total += float((part.y.square().sum(-1) * part.weights).sum())
+    off = linear(heads.flatten(2), o, o_bias) - seen.y
+    wrong = float((off.square().sum(-1) * seen.weights).sum())
+    total = float((seen.y.square().sum(-1) * seen.weights).sum())
     return OutputError(wrong / max(total, 1e-30), wrong / seen.weights.numel())
 
 
@@ -96,7 +92,8 @@ def heads_of(
 ) -> Float[Tensor, "N T H V"]:
     """What the form's output map reads, in float32, computed in that dtype."""
     maps = maps_in(form, dtype)
-    return torch.cat([heads_by(maps, x[rows]) for rows in _batches(x)])
+    step = max(1, TOKENS_AT_ONCE // x.shape[1])
+    return torch.cat([heads_by(maps, rows) for rows in x.split(step)])
 
 
 def maps_in(form: Form, dtype: torch.dtype) -> AttentionMaps:
@@ -110,11 +107,6 @@ def maps_in(form: Form, dtype: torch.dtype) -> AttentionMaps:
 def heads_by(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
     """`head_outputs` in the maps' dtype, as float32."""
     return head_outputs(maps, x.to(maps.q.dtype)).float()
-
-
-def _batches(x: Float[Tensor, "N T D"]) -> Iterator[slice]:
-    step = max(1, TOKENS_AT_ONCE // x.shape[1])
-    yield from (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def heal(

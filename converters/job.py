@@ -176,11 +176,11 @@ class Job:
             if not file.exists():
                 maps = stream.maps(layer).to(self.precision)
                 with self.clock("factorise"):
-                    known = load(_moments_file(work, layer))["moments"]
-                    form = self.target.builder(maps, known)(dim)
+                    moments = load(_moments_file(work, layer))["moments"]
+                    form = self.target.builder(maps, moments)(dim)
                 with self.clock("fit"):
                     before, meant = parameters_of(maps), exactly(maps, form, seen)
-                    del maps, known
+                    del maps, moments
                     if meant is None:
                         fitted = self._fit(layer, form, seen, self.dtype)
                     else:
