@@ -46,6 +46,11 @@ def results(as_json: bool, verbose: bool = False) -> Iterator[Console]:
         yield console
 
 
+def first_process() -> bool:
+    """Whether this process is the one that speaks, of those that accelerate may have started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(console: Console, result: dict[str, Any]) -> None:
     """One JSON object; what JSON has no number for (infinity, not a number) becomes null."""
     text = json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str)

@@ -13,6 +13,7 @@ from .console import (
     ProgressCall,
     choice,
     completing,
+    first_process,
     print_json,
     progress_bars,
     results,
@@ -202,6 +203,8 @@ def convert(
     """Convert MODEL to another form of attention, with a smaller KV cache.
 
     For example: [bold]convert --to mla HuggingFaceTB/SmolLM2-135M --kv-budget 50%[/]
+
+    On several GPUs: [bold]accelerate launch -m rehead.converters --to mla MODEL --device cuda[/]
     """
     with results(as_json, verbose) as console:
         from ..converters import FORMS, POOLINGS, PRESETS, ROPES
@@ -242,6 +245,8 @@ def convert(
                 share_q_dim=share_q_dim,
                 progress=progress,
             )
+            if not first_process():
+                return
             if report is not None:
                 _report(report, done, eval_text, ids, device, progress)
         for line in done.warnings:

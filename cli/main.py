@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import debugging
+from .console import debugging, first_process
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -80,14 +80,17 @@ def run(command: typer.Typer, name: str, args: list[str] | None = None) -> int:
             raise
         return _explain(error)
     # Typer's newer versions turn the exception into the exit code themselves.
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and first_process():
         _say("interrupted; --resume goes on with what was finished.")
     return code
 
 
 def _explain(error: Exception) -> int:
     from ..converters.errors import InputError
+    from ..converters.processes import OtherFailed
 
+    if isinstance(error, OtherFailed):
+        return 1
     # typer changed the base class of its usage errors between versions; all have this method.
     if hasattr(error, "format_message"):
         _say(error.format_message())

@@ -1,6 +1,5 @@
 """`rehead uptrain`."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .console import QUIET, VERBOSE, choice, print_json, progress_bars, results, size
+from .console import (
+    QUIET,
+    VERBOSE,
+    choice,
+    first_process,
+    print_json,
+    progress_bars,
+    results,
+    size,
+)
 
 TEXT = "Text"
 TRAINED = "What is trained"
@@ -222,10 +230,10 @@ def uptrain(
                     progress=progress,
                 )
         except Interrupted as stop:
-            if _first_process():
+            if first_process():
                 print(f"rehead: {stop}", file=sys.stderr)
             raise typer.Exit(128 + stop.number) from stop
-        if not _first_process():
+        if not first_process():
             return
         if as_json:
             print_json(console, done.to_dict())
@@ -236,11 +244,6 @@ def uptrain(
 def _default_output(model: str) -> Path:
     path = Path(model)
     return Path(f"{path.name or path.resolve().name}-uptrained")
-
-
-def _first_process() -> bool:
-    """Whether this process is the one that speaks, of those that accelerate may have started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _summarize(console: Console, done: Any) -> None:

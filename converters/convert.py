@@ -24,6 +24,7 @@ from .job import Job, Progress
 from .memory import peak_rss_bytes
 from .model_card import model_card
 from .plan import parse_budget
+from .processes import Processes
 from .recipe import Conversion, LayerReport, Recipe, odd_layers
 from .targets import ROPES, TARGETS, Target, target_of
 from .text import default_calibration_text, read_text, windows
@@ -68,6 +69,9 @@ def convert(
     progress: Progress | None = None,
 ) -> Conversion:
     """Converts a checkpoint's attention and writes a Hugging Face folder.
+
+    Run under `accelerate launch`, every process calls this; they share the layers, and the first
+    one writes. The output must then be on a disk that all see.
 
     Args:
         model: a hub id, a folder or a `.gguf` file.
@@ -120,15 +124,18 @@ def convert(
         native=native or preset == "engine",
         preset=preset,
     )
-    source = open_source(model, accept=family_of)
-    output = Path(output).expanduser()
-    check_output(output, force=force, protect=source.path)
-    family = family_of(source.config)
-    target = target_of(source.config, recipe)
-    cast, where = target_dtype(dtype, source), target_device(device)
-    tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
+    processes = Processes()
+    with processes.first_alone():
+        source = open_source(model, accept=family_of)
+        output = Path(output).expanduser()
+        check_output(output, force=force, protect=source.path)
+        family = family_of(source.config)
+        target = target_of(source.config, recipe)
+        cast, where = target_dtype(dtype, source), target_device(device, processes)
+        tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
-    job = Job(source, family, recipe, target, where, progress or _silent)
+    progress = progress if progress and processes.first else _silent
+    job = Job(source, family, recipe, target, where, progress, processes)
 
     def result(folder: Path | None, widths: list[int], layers: list[LayerReport]) -> Conversion:
         scale = cast.itemsize
@@ -152,12 +159,16 @@ def convert(
         )
 
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="rehead-") as scratch:
-            dims = job.survey(tokens, Path(scratch))
+        with processes.scratch() as scratch:
+            dims = job.survey(tokens, scratch)
         planned = [LayerReport(i, dim.named()) for i, dim in enumerate(dims)]
         return result(None, [dim.width for dim in dims], planned)
-    note = resume_note(recipe, source, tokens, where)
     place = output.with_name(f".{output.name}.work")
+    if not processes.first:
+        processes.wait()  # until the folder is there
+        job.fit(tokens, job.survey(tokens, place), place, cast)
+        return processes.of_first()
+    note = resume_note(recipe, source, tokens, where)
     with (
         work_folder(place, note, resume) as work,
         Writer(
@@ -168,7 +179,9 @@ def convert(
             folder=work / "model",
         ) as writer,
     ):
+        processes.wait()
         dims = job.survey(tokens, work)
+        job.fit(tokens, dims, work, cast)
         widths = [dim.width for dim in dims]
         layers, biases = job.write(tokens, dims, work, writer, cast, dtype is not None)
         config = converted_config(target, recipe, layers, biases, cast)
@@ -178,7 +191,7 @@ def convert(
         job.verify(writer.folder, work, tokens, cast)
         card = model_card(result(output, widths, layers), source.config)
         writer.finish({"README.md": card})
-    return result(output, widths, layers)
+    return processes.of_first(result(output, widths, layers))
 
 
 def plan(model: str, *, to: str = "mla", **options: Any) -> Conversion:
@@ -205,7 +218,7 @@ def resume_note(
         # A text or a model changed under the same name is another one.
         "the calibration text's digest": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "the source's digest": source.fingerprint(),
-        "device": str(device),
+        "device": device.type,
         "rehead": version("rehead"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -257,9 +270,10 @@ def calibration_tokens(source: Source, samples: int, seed: int, calibration: str
     return tokens[order[:samples]]
 
 
-def target_device(name: str) -> torch.device:
+def target_device(name: str, processes: Processes) -> torch.device:
+    """The device of that name; where several processes share a run, this one's of that type."""
     try:
-        device = torch.device(name)
+        device = processes.own(torch.device(name))
         torch.zeros(1, device=device).item()  # also refuses meta, which holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The passes over a model's layers: survey them, spend the budget, fit and write.
+"""The passes over a model's layers: survey them and spend the budget, fit, write, verify.
 
 Letters: N sequences, T tokens in each, D hidden size.
 """
@@ -22,6 +22,7 @@ from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error
 from .maps import AttentionMaps, attention
 from .memory import release
 from .plan import TRIED_WIDTHS, spend
+from .processes import Processes
 from .recipe import LayerReport, Recipe
 from .refit import refit_output
 from .stream import LayerStream
@@ -51,7 +52,11 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 class Job:
-    """One conversion's parts; each method is one pass over the layers."""
+    """One conversion's parts; each method is one pass over the layers.
+
+    Args:
+        processes: that share `survey` and `fit`, with one work folder; None for this one alone.
+    """
 
     def __init__(
         self,
@@ -61,8 +66,10 @@ class Job:
         target: Target,
         device: torch.device,
         progress: Progress,
+        processes: Processes | None = None,
     ) -> None:
         self.source, self.family, self.recipe, self.target = source, family, recipe, target
+        self.processes = processes or Processes()
         self.device, self.progress = device, progress
         self.layers = source.config.num_hidden_layers
         # What the model and its forms are run in, and what they are factorised in.
@@ -79,25 +86,18 @@ class Job:
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
         # What moments and choices take from the text is coarser than bfloat16.
         stream = self._stream(tokens[:SURVEY_SEQUENCES], self.dtype == torch.bfloat16)
-        curves, shares = [], []
-        for layer in range(self.layers):
-            self._survey_layer(stream, layer, file := _moments_file(work, layer))
+        files = [_moments_file(work, layer) for layer in range(self.layers)]
+        for layer, file in enumerate(files):
+            self._survey_layer(stream, layer, file)
             release()
-            saved = load(file)
-            curves.append(saved["curve"])
-            shares.append(saved["share"])
             self.progress("survey", layer + 1, self.layers, {})
-        dims = list(self.target.fixed or self._spend(curves, shares))
-        if not self.recipe.native:
-            return dims
-        files = (_moments_file(work, i) for i in range(self.layers))
-        layers = ((stream.maps(i), load(file)["moments"]) for i, file in enumerate(files))
-        return self.target.shared(dims, layers)
+        self.processes.wait()
+        return self.processes.of_first(self._dims(stream, files) if self.processes.first else None)
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:
         """Moves the stream on by a layer, and keeps what is not known of it yet."""
         seen = stream.advance(layer)
-        if file.exists():
+        if file.exists() or not self.processes.takes(layer):
             return
         maps = stream.maps(layer).to(self.precision)
         fitting, measured = hold_out(seen)
@@ -140,7 +140,17 @@ class Job:
                     curve[width] = error(width, share)
         return curve, share
 
-    def _spend(self, curves: list[dict[int, float]], shares: list[float]) -> list[Dims]:
+    def _dims(self, stream: LayerStream, files: list[Path]) -> Sequence[Dims]:
+        """Every layer's, from all surveys."""
+        saved = [load(file) for file in files]
+        curves, shares = zip(*((layer["curve"], layer["share"]) for layer in saved), strict=True)
+        dims = list(self.target.fixed or self._spend(curves, shares))
+        if not self.recipe.native:
+            return dims
+        layers = ((stream.maps(i), layer["moments"]) for i, layer in enumerate(saved))
+        return self.target.shared(dims, layers)
+
+    def _spend(self, curves: Sequence[dict[int, float]], shares: Sequence[float]) -> list[Dims]:
         target, mean = self.target, self.target.width
         if self.recipe.uniform:
             share = sorted(shares)[len(shares) // 2]
@@ -148,6 +158,61 @@ class Job:
         least, most = max(target.least, mean // 3), min(3 * mean, target.most)
         widths = spend(curves, mean * self.layers, least, most)
         return [target.dims(*layer) for layer in zip(widths, shares, strict=True)]
+
+    def fit(self, tokens: Tensor, dims: Sequence[Dims], work: Path, dtype: torch.dtype) -> None:
+        """Fits every layer to its dims and heals it; what comes of it is kept in `work`.
+
+        Raises:
+            InputError: a layer has a value that the dtype cannot hold.
+        """
+        # The noise of bfloat16 is below what a budget costs; `exactly` sees to the rest.
+        stream = self._stream(tokens, self.dtype == torch.bfloat16)
+        stage = "heal" if self.recipe.heal else "factorise"
+        for layer, dim in enumerate(dims):
+            seen, info = stream.advance(layer), {}
+            if self.processes.takes(layer):
+                file = _fitted_file(work, layer)
+                if not file.exists():
+                    self._fit_layer(stream.maps(layer), layer, dim, seen, work)
+                form, _, error, _ = load(file)
+                self._tensors(stream, layer, form, dtype)
+                info = {"error": error}
+                del form
+            self.progress(stage, layer + 1, self.layers, info)
+            del seen  # before the next layer's is made
+            release()
+        self.processes.wait()
+
+    def _fit_layer(
+        self, maps: AttentionMaps, layer: int, dim: Dims, seen: Activations, work: Path
+    ) -> None:
+        maps = maps.to(self.precision)
+        with self.clock("factorise"):
+            moments = load(_moments_file(work, layer))["moments"]
+            form = self.target.builder(maps, moments)(dim)
+        with self.clock("fit"):
+            before, meant = parameters_of(maps), exactly(maps, form, seen)
+            del maps, moments
+            if meant is None:
+                fitted = self._fit(layer, form, seen, self.dtype)
+            else:
+                fitted = self._fit(layer, form, meant, torch.float32)
+        save(_fitted_file(work, layer), (*fitted, before))
+        if not self.recipe.native:  # which asks all layers' again
+            known = _moments_file(work, layer)
+            save(known, load(known) | {"moments": None})
+
+    def _tensors(
+        self, stream: LayerStream, layer: int, form: Any, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """A fitted layer as it is stored."""
+        factor = stream.attention_factor(layer)
+        if self.target.stock:
+            tensors = self.family.write(form.expand(), factor)
+        else:
+            tensors = form.state_dict(factor**2)
+        names = {name: self.family.prefix(layer) + name for name in tensors}
+        return {names[name]: cast(names[name], x, dtype) for name, x in tensors.items()}
 
     def write(
         self,
@@ -158,7 +223,7 @@ class Job:
         dtype: torch.dtype,
         everything: bool,
     ) -> tuple[list[LayerReport], dict[str, bool]]:
-        """Fits every layer to its dims, heals it, and writes it and all that stays.
+        """Writes the fitted layers and all that stays.
 
         Args:
             dtype: of the attention, and with `everything` of what stays too.
@@ -166,58 +231,31 @@ class Job:
         Returns:
             A report of every layer, and which projections have a bias.
         """
-        # The noise of bfloat16 is below what a budget costs; `exactly` sees to the rest.
-        stream = self._stream(tokens, self.dtype == torch.bfloat16)
-        stage = "heal" if self.recipe.heal else "factorise"
+        stream = self._stream(tokens, False)  # it is only asked for what its config says
         reports, biases = [], {}
-        for layer, dim in enumerate(dims):
-            seen = stream.advance(layer)
-            file = work / f"fitted-{layer:04d}.pt"
-            if not file.exists():
-                maps = stream.maps(layer).to(self.precision)
-                with self.clock("factorise"):
-                    moments = load(_moments_file(work, layer))["moments"]
-                    form = self.target.builder(maps, moments)(dim)
-                with self.clock("fit"):
-                    before, meant = parameters_of(maps), exactly(maps, form, seen)
-                    del maps, moments
-                    if meant is None:
-                        fitted = self._fit(layer, form, seen, self.dtype)
-                    else:
-                        fitted = self._fit(layer, form, meant, torch.float32)
-                save(file, (*fitted, before))
-                del form, fitted, meant
-                if not self.recipe.native:  # which asks all layers' again
-                    known = _moments_file(work, layer)
-                    save(known, load(known) | {"moments": None})
-            form, closed, error, source_parameters = load(file)
-            if self.target.stock:
-                tensors = self.family.write(form.expand(), stream.attention_factor(layer))
-            else:
-                tensors = form.state_dict(stream.attention_factor(layer) ** 2)
-            with self.clock("write"):
-                for name, tensor in tensors.items():
-                    name = self.family.prefix(layer) + name
-                    writer.add(name, cast(name, tensor, dtype))
-            biases = form.biases()
-            parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
-            reports.append(
-                LayerReport(
-                    layer,
-                    self.target.named(form, dim),
-                    getattr(form, "rope_pairs", ()),
-                    closed,
-                    error,
-                    parameters,
-                    len(form.inv_freq),
-                    getattr(form, "energy", ()),
-                )
-            )
-            self.progress(stage, layer + 1, self.layers, {"error": error})
-            del seen, form, tensors  # before the next layer's are made
-            release()
-        prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
         with self.clock("write"):
+            for layer, dim in enumerate(dims):
+                form, closed, error, source_parameters = load(_fitted_file(work, layer))
+                tensors = self._tensors(stream, layer, form, dtype)
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
+                biases = form.biases()
+                parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
+                reports.append(
+                    LayerReport(
+                        layer,
+                        self.target.named(form, dim),
+                        getattr(form, "rope_pairs", ()),
+                        closed,
+                        error,
+                        parameters,
+                        len(form.inv_freq),
+                        getattr(form, "energy", ()),
+                    )
+                )
+                del form, tensors  # before the next layer's are made
+                release()
+            prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
             for name in self.source.names():
                 if not name.startswith(prefixes):
                     tensor = self.source.tensor(name)
@@ -226,7 +264,7 @@ class Job:
 
     def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
         """Raises unless the folder computes, layer by layer, what the layers were fitted to."""
-        forms = (load(work / f"fitted-{i:04d}.pt")[0] for i in range(self.layers))
+        forms = (load(_fitted_file(work, layer))[0] for layer in range(self.layers))
         found = verify(folder, self.family, forms, tokens, dtype, self.device)
         with self.clock("verify"):
             for layer, off in enumerate(found, 1):
@@ -291,6 +329,10 @@ def _distance(found: Tensor, meant: Tensor) -> float:
 
 def _moments_file(work: Path, layer: int) -> Path:
     return work / f"moments-{layer:04d}.pt"
+
+
+def _fitted_file(work: Path, layer: int) -> Path:
+    return work / f"fitted-{layer:04d}.pt"
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

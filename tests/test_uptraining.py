@@ -552,11 +552,13 @@ def test_an_interrupted_command_says_how_to_go_on(inputs, tmp_path, capsys, monk
 
 
 def test_two_processes_do_what_one_does(inputs, tmp_path, trained):
-    """Real processes under accelerate, with gloo: a half of each batch in each."""
+    """A half of each batch in each, by gloo.
+
+    Started by what `accelerate launch` runs on GPUs; on a CPU it starts one process alone.
+    """
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", "-m", "rehead.uptraining"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "rehead.uptraining"),
         *arguments(inputs, tmp_path / "out", "--json"),
     ]
     done = subprocess.run(
