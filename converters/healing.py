@@ -18,9 +18,11 @@ from torch.nn.functional import linear
 from .activations import Activations
 from .maps import AttentionMaps, attention, head_outputs
 
-# Of a matrix' root mean square, per step, at the peak.
-LEARNING_RATE = 0.01
+# Of an entry's size by its row and column, per step, at the peak.
+LEARNING_RATE = 0.015
 WARM_UP = 0.1
+# The least size of a row or a column, of the whole matrix'.
+SMALLEST = 1e-2
 # Small batches and many steps go further than the reverse at the same cost.
 TOKENS_PER_STEP = 1024
 TOKENS_AT_ONCE = 1024
@@ -120,8 +122,8 @@ def heal(
 ) -> FormT:
     """The form with all its maps fitted so that its output comes near the original's.
 
-    Adam with a rate relative to every matrix' own size and to the error that is left (an almost
-    exact layer would only be shaken by full steps), a short warm-up and a cosine decay.
+    Adam with rates relative to the size of what they change and to the error that is left (an
+    almost exact layer would only be shaken by full steps), a short warm-up and a cosine decay.
 
     Args:
         steps: gradient steps; 0 returns the form as it is.
@@ -136,19 +138,15 @@ def heal(
     order = _orders(len(seen.x), max(1, TOKENS_PER_STEP // seen.x.shape[1]), generator)
     first = output_error(form, seen[:4]).relative
     learning_rate *= min(1.0, math.sqrt(first / FULL_RATE_ERROR))
-    parameters = {
-        name: tensor.detach().float().clone().requires_grad_(True)
-        for name, tensor in form.tensors().items()
-    }
-    groups = [
-        {"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt()) + 1e-12}
-        for p in parameters.values()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    shares = {name: tensor.detach().float() for name, tensor in form.tensors().items()}
+    sizes = {name: _sizes(tensor) for name, tensor in shares.items()}
+    shares = {name: (shares[name] / size).requires_grad_(True) for name, size in sizes.items()}
+    optimizer = torch.optim.Adam(shares.values(), lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     base = replace(form, inv_freq=form.inv_freq.float())
     for _ in range(steps):
         part = _rows(seen, next(order))
+        parameters = {name: sizes[name] * share for name, share in shares.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             out = attention(replace(base, **parameters).expand(), part.x)
         wrong = ((out.float() - part.y).square().sum(-1) * part.weights).sum()
@@ -158,7 +156,27 @@ def heal(
         optimizer.step()
         schedule.step()
     dtypes = {name: tensor.dtype for name, tensor in form.tensors().items()}
-    return replace(form, **{name: p.detach().to(dtypes[name]) for name, p in parameters.items()})
+    found = {name: sizes[name] * share.detach() for name, share in shares.items()}
+    return replace(form, **{name: tensor.to(dtypes[name]) for name, tensor in found.items()})
+
+
+def _sizes(tensor: Tensor) -> Tensor:
+    """An entry's, to be broadcast: its row's root mean square times its column's over that of all.
+
+    Rows and columns are the last two dimensions, each taken over all others. How large a channel of
+    the latent is, and how small the maps that read it, is a matter of basis, and rotated components
+    are ten times as large as others and more. One rate for a matrix would shake what reads them.
+    """
+    square = tensor.square()
+    whole = square.mean().sqrt() + 1e-12
+    if tensor.ndim < 2:
+        return whole
+    rows, columns = (
+        square.mean([dim for dim in range(tensor.ndim) if dim != kept], keepdim=True).sqrt()
+        for kept in (tensor.ndim - 2, tensor.ndim - 1)
+    )
+    least = SMALLEST * whole  # what is zero, or all but zero, has a rate too
+    return rows.clamp_min(least) * columns.clamp_min(least) / whole
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

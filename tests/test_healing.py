@@ -6,9 +6,11 @@ import layers
 import pytest
 import torch
 
+from rehead.converters import healing
 from rehead.converters.activations import Activations
 from rehead.converters.healing import _orders, _rate, heads_of, heal, output_error
 from rehead.converters.maps import reference_attention
+from rehead.converters.mfa import MFADims, mfa_moments, to_mfa
 from rehead.converters.mla import mla_moments, to_mla, with_low_rank_queries
 from rehead.converters.plan import LayerDims
 
@@ -74,6 +76,29 @@ def test_what_is_fitted_and_what_is_kept():
         assert not torch.equal(tensor, start.tensors()[name]), name
     assert found.rope_pairs == start.rope_pairs
     assert torch.equal(found.inv_freq, start.inv_freq)
+
+
+def unequal(mfa):
+    """The same layer in a basis of channels 400 times as large as others."""
+    scale = torch.logspace(-1.3, 1.3, mfa.head_dim).double()
+    turned = 2 * len(mfa.rope_pairs)
+    scale[-turned:] = scale[-turned // 2 :].repeat(2)  # both parts of a pair
+    return replace(mfa, k=mfa.k * scale[:, None], q=mfa.q / scale[:, None])
+
+
+def test_healing_does_not_depend_on_the_channels_sizes(monkeypatch):
+    plain = replace(MAPS, q_bias=None, k_bias=None)
+    y = torch.stack([reference_attention(plain, row) for row in ALL.x.double()]).float()
+    seen, unseen = replace(SEEN, y=y[:160]), replace(UNSEEN, y=y[160:])
+    start = to_mfa(plain, mfa_moments(plain, seen.x[:8], seeded()), MFADims(12, 8))
+    other = unequal(start)
+    same = output_error(start, unseen).relative
+    assert output_error(other, unseen).relative == pytest.approx(same, rel=1e-3)
+    as_good = output_error(healed(start, seen=seen), unseen).relative
+    assert output_error(healed(other, seen=seen), unseen).relative < 1.2 * as_good
+    whole = lambda tensor: tensor.square().mean().sqrt()  # noqa: E731
+    monkeypatch.setattr(healing, "_sizes", whole)
+    assert output_error(healed(other, seen=seen), unseen).relative > 2 * as_good
 
 
 def test_an_exact_layer_stays_exact():
