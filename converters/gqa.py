@@ -93,6 +93,10 @@ class GQA:
         fixed = ("inv_freq",)
         return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in fixed}
 
+    def balanced(self) -> "GQA":
+        """Itself: its heads are the source's, or made of them, and as large."""
+        return self
+
     def expand(self) -> AttentionMaps:
         """The same attention as maps per head."""
         return AttentionMaps(**vars(self))

@@ -8,7 +8,7 @@ calls this attention transfer).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,8 @@ class Form(Protocol):
     def o_bias(self) -> Tensor | None: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
+
+    def balanced(self) -> Self: ...
 
     def expand(self) -> AttentionMaps: ...
 

@@ -194,10 +194,10 @@ class Job:
             before, meant = parameters_of(maps), exactly(maps, form, seen)
             del maps, moments
             if meant is None:
-                fitted = self._fit(layer, form, seen, self.dtype)
+                form, closed, error = self._fit(layer, form, seen, self.dtype)
             else:
-                fitted = self._fit(layer, form, meant, torch.float32)
-        save(_fitted_file(work, layer), (*fitted, before))
+                form, closed, error = self._fit(layer, form, meant, torch.float32)
+        save(_fitted_file(work, layer), (form.balanced(), closed, error, before))
         if not self.recipe.native:  # which asks all layers' again
             known = _moments_file(work, layer)
             save(known, load(known) | {"moments": None})

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .balance import evening, paired, size
 from .calibration import Kronecker, in_precision, query_factors
 from .errors import InputError
 from .lowrank import WeightedSVD
@@ -116,6 +117,38 @@ class MFA:
         """Everything that can be fitted, by field name."""
         fixed = ("inv_freq",)
         return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in fixed}
+
+    def balanced(self) -> "MFA":
+        """The same layer with every channel as large where it is made as where it is read.
+
+        Not MFA-KR's values, which are the latent and a correction that must not cancel it.
+        """
+        free = self.head_dim - 2 * len(self.rope_pairs)
+        made, read = size(self.k, -1), size(self.q, (0, 2))
+        key = torch.cat(
+            [evening(made[:free], read[:free]), evening(paired(made[free:]), paired(read[free:]))]
+        )
+        q, q_down = self.q / key[:, None], self.q_down
+        if q_down is not None:
+            low = evening(size(q_down, -1), size(q, (0, 1)))
+            q, q_down = q / low, q_down * low[:, None]
+        values: dict[str, Any] = {}
+        if self.v is None:
+            reading = self._reading() / key
+            values["reuse"] = reading - torch.eye(self.head_dim).to(reading)
+            values["reuse_gate"] = reading.new_ones(self.head_dim)
+        else:
+            value = evening(size(self.v, -1), size(self.o, (0, 1)))
+            values = {"v": self.v * value[:, None], "o": self.o / value}
+        return replace(
+            self,
+            q=q,
+            q_down=q_down,
+            q_bias=None if self.q_bias is None else self.q_bias / key,
+            k=self.k * key[:, None],
+            k_bias=None if self.k_bias is None else self.k_bias * key,
+            **values,
+        )
 
     def expand(self) -> AttentionMaps:
         """The same attention as maps of one KV head; position-free pairs have frequency 0."""

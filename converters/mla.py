@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .balance import evening, paired, size
 from .calibration import (
     Kronecker,
     PhaseMoments,
@@ -117,6 +118,47 @@ class MLA:
         """Everything that can be fitted, by field name."""
         fixed = ("inv_freq",)
         return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in fixed}
+
+    def balanced(self) -> "MLA":
+        """The same layer with every channel as large where it is made as where it is read."""
+        r, nope, groups = self.kv_lora_rank, self.qk_nope_head_dim, self.kv_b.shape[0]
+        q, o = self.q.unflatten(0, (groups, -1)), self.o.unflatten(1, (groups, -1))
+        rope_made = self.kv_a[r:] if self.k_rope is None else self.k_rope
+        key = size(self.kv_b[:, :nope], -1), size(q[:, :, :nope], (1, 3))  # each [G, nope]
+        value = evening(size(self.kv_b[:, nope:], -1), size(o, (0, 2)))  # [G, V]
+        rope = evening(paired(size(rope_made, -1)), paired(size(q[:, :, nope:], (0, 1, 3))))  # [R]
+        if self.k_norm is not None:
+            key_scale = value.new_ones(key[0].shape)
+        elif self.rope_on_read and self.k_rope is None:
+            key_scale = evening(*map(paired, key))
+        else:
+            key_scale = evening(*key)
+
+        repeats = q.shape[1]
+        pair = torch.cat([key_scale, value], 1)  # [G, B]
+        query = torch.cat([key_scale, rope.expand(groups, -1)], 1).repeat_interleave(repeats, 0)
+        kv_b = self.kv_b * pair[..., None]
+        k_rope = None if self.k_rope is None else self.k_rope * rope[:, None]
+        readers = kv_b.flatten(0, 1) if k_rope is None else torch.cat([kv_b.flatten(0, 1), k_rope])
+        latent = evening(size(self.kv_a[:r], -1), size(readers, 0))  # [r]
+        cached = latent if self.k_rope is not None else torch.cat([latent, rope])
+        new_q, q_down = self.q / query[..., None], self.q_down
+        if q_down is not None:
+            low = evening(size(q_down, -1), size(new_q, (0, 1)))
+            new_q, q_down = new_q / low, q_down * low[:, None]
+        return replace(
+            self,
+            q=new_q,
+            q_down=q_down,
+            q_bias=None if self.q_bias is None else self.q_bias / query,
+            kv_a=self.kv_a * cached[:, None],
+            kv_a_bias=None if self.kv_a_bias is None else self.kv_a_bias * cached,
+            kv_b=kv_b / latent,
+            kv_b_bias=None if self.kv_b_bias is None else self.kv_b_bias * pair,
+            k_rope=None if k_rope is None else k_rope / latent,
+            k_rope_bias=None if self.k_rope_bias is None else self.k_rope_bias * rope,
+            o=self.o / value.repeat_interleave(repeats, 0),
+        )
 
     def expand(self) -> AttentionMaps:
         """The same attention as maps per head; position-free pairs have frequency 0."""
