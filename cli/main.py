@@ -90,6 +90,8 @@ def _explain(error: Exception) -> int:
     from ..converters.processes import OtherFailed
 
     if isinstance(error, OtherFailed):
+        if first_process():
+            _say("another process ended before its part was done; --resume goes on with the rest.")
         return 1
     # typer changed the base class of its usage errors between versions; all have this method.
     if hasattr(error, "format_message"):

@@ -55,7 +55,7 @@ class Job:
     """One conversion's parts; each method is one pass over the layers.
 
     Args:
-        processes: that share `survey` and `fit`, with one work folder; None for this one alone.
+        processes: that share `survey` and `fit`, with one work folder.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Job:
         target: Target,
         device: torch.device,
         progress: Progress,
-        processes: Processes | None = None,
+        processes: Processes,
     ) -> None:
         self.source, self.family, self.recipe, self.target = source, family, recipe, target
-        self.processes = processes or Processes()
+        self.processes = processes
         self.device, self.progress = device, progress
         self.layers = source.config.num_hidden_layers
         # What the model and its forms are run in, and what they are factorised in.
@@ -142,12 +142,16 @@ class Job:
 
     def _dims(self, stream: LayerStream, files: list[Path]) -> Sequence[Dims]:
         """Every layer's, from all surveys."""
-        saved = [load(file) for file in files]
-        curves, shares = zip(*((layer["curve"], layer["share"]) for layer in saved), strict=True)
+        curves, shares = [], []
+        for file in files:
+            saved = load(file, torch.device("cpu"))  # moments stay on disk
+            curves.append(saved["curve"])
+            shares.append(saved["share"])
         dims = list(self.target.fixed or self._spend(curves, shares))
         if not self.recipe.native:
             return dims
-        layers = ((stream.maps(i), layer["moments"]) for i, layer in enumerate(saved))
+        moments = (load(file, self.device)["moments"] for file in files)
+        layers = ((stream.maps(i), moment) for i, moment in enumerate(moments))
         return self.target.shared(dims, layers)
 
     def _spend(self, curves: Sequence[dict[int, float]], shares: Sequence[float]) -> list[Dims]:
@@ -169,13 +173,14 @@ class Job:
         stream = self._stream(tokens, self.dtype == torch.bfloat16)
         stage = "heal" if self.recipe.heal else "factorise"
         for layer, dim in enumerate(dims):
-            seen, info = stream.advance(layer), {}
+            seen = stream.advance(layer)
+            info = {}
             if self.processes.takes(layer):
                 file = _fitted_file(work, layer)
                 if not file.exists():
                     self._fit_layer(stream.maps(layer), layer, dim, seen, work)
-                form, _, error, _ = load(file)
-                self._tensors(stream, layer, form, dtype)
+                form, _, error, _ = load(file, self.device)
+                self._tensors(stream, layer, form, dtype)  # refused now, not when all are fitted
                 info = {"error": error}
                 del form
             self.progress(stage, layer + 1, self.layers, info)
@@ -188,7 +193,7 @@ class Job:
     ) -> None:
         maps = maps.to(self.precision)
         with self.clock("factorise"):
-            moments = load(_moments_file(work, layer))["moments"]
+            moments = load(_moments_file(work, layer), self.device)["moments"]
             form = self.target.builder(maps, moments)(dim)
         with self.clock("fit"):
             before, meant = parameters_of(maps), exactly(maps, form, seen)
@@ -200,7 +205,7 @@ class Job:
         save(_fitted_file(work, layer), (form.balanced(), closed, error, before))
         if not self.recipe.native:  # which asks all layers' again
             known = _moments_file(work, layer)
-            save(known, load(known) | {"moments": None})
+            save(known, load(known, torch.device("cpu")) | {"moments": None})
 
     def _tensors(
         self, stream: LayerStream, layer: int, form: Any, dtype: torch.dtype
@@ -235,7 +240,9 @@ class Job:
         reports, biases = [], {}
         with self.clock("write"):
             for layer, dim in enumerate(dims):
-                form, closed, error, source_parameters = load(_fitted_file(work, layer))
+                form, closed, error, source_parameters = load(
+                    _fitted_file(work, layer), self.device
+                )
                 tensors = self._tensors(stream, layer, form, dtype)
                 for name, tensor in tensors.items():
                     writer.add(name, tensor)
@@ -264,7 +271,7 @@ class Job:
 
     def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
         """Raises unless the folder computes, layer by layer, what the layers were fitted to."""
-        forms = (load(_fitted_file(work, layer))[0] for layer in range(self.layers))
+        forms = (load(_fitted_file(work, layer), self.device)[0] for layer in range(self.layers))
         found = verify(folder, self.family, forms, tokens, dtype, self.device)
         with self.clock("verify"):
             for layer, off in enumerate(found, 1):

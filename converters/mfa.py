@@ -121,7 +121,7 @@ class MFA:
     def balanced(self) -> "MFA":
         """The same layer with every channel as large where it is made as where it is read.
 
-        Not MFA-KR's values, which are the latent and a correction that must not cancel it.
+        MFA-KR's channels are evened between key and queries alone: its values have one more reader.
         """
         free = self.head_dim - 2 * len(self.rope_pairs)
         made, read = size(self.k, -1), size(self.q, (0, 2))

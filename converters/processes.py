@@ -2,8 +2,8 @@
 
 A layer's statistics, dims and fit need nothing of another layer's, so each process takes every
 n-th layer and hands it on as a file in the work folder. What it takes is what one process would
-have made of it, so the result has the same bytes. Messages are few and small, and go by gloo
-whatever the device.
+have made of it with as many threads, so the result has the same bytes. Messages are few and small,
+and go by gloo whatever the device, unless the caller has set up another backend.
 """
 
 import os
@@ -26,16 +26,11 @@ T = TypeVar("T")
 
 
 class OtherFailed(Exception):
-    """Another process ended, and has said why."""
+    """Another process ended: it has said why, or was killed."""
 
 
 class Processes:
-    """Those of this run; a plain call is the only one of its kind.
-
-    Args:
-        index: of this process.
-        count: how many there are.
-    """
+    """Those of this run, as the environment says: `index` of this one, `count` of all."""
 
     def __init__(self) -> None:
         self.index, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +90,7 @@ class Processes:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for all of them, until the first one leaves it."""
+        """A folder for all of them, who must be on one machine, until the first one leaves it."""
         with TemporaryDirectory(prefix="rehead-") as folder:
             yield self.of_first(Path(folder))
 

@@ -27,6 +27,7 @@ from .errors import InputError
 from .gqa import GQA, GQAMoments
 from .mfa import MFA
 from .mla import MLA, MLAMoments
+from .processes import OtherFailed
 from .writer import NO_SPACE
 
 KEPT: list[Any] = [GQA, GQAMoments, Kronecker, MFA, MLA, MLAMoments, PhaseMoments]
@@ -72,6 +73,8 @@ def work_folder(folder: Path, note: Mapping[str, Any], resume: bool) -> Iterator
                     opened.flush()
                     os.fsync(opened.fileno())
             yield folder
+        except OtherFailed:
+            raise  # it may have been killed: what is done stays
         except Exception as error:
             # What an earlier run has done is not lost to this one's fault.
             if not resumed:
@@ -135,7 +138,9 @@ def save(file: Path, item: object) -> None:
     partial.rename(file)
 
 
-def load(file: Path) -> Any:
-    # Written by this program a moment ago, or by the run that is resumed.
+def load(file: Path, device: torch.device) -> Any:
+    """What was saved, on that device: another process, with another one, may have saved it."""
+    # Written by this program a moment ago, or by the run that is resumed. Mapped: what is not asked
+    # for is not read.
     with torch.serialization.safe_globals(KEPT):
-        return torch.load(file, weights_only=True, mmap=True)  # what is not asked for is not read
+        return torch.load(file, map_location=device, weights_only=True, mmap=True)

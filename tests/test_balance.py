@@ -59,6 +59,20 @@ def test_the_function_stays(kind, bias, low):
     assert error(outputs(q), outputs(form)) > 1e-3
 
 
+def test_normalised_keys_and_pairs_at_rest_stay_too():
+    """Keys that are normalised have no size of their own; pairs of frequency 0 do."""
+    form = form_of("whole keys", bias=True, low=True)
+    still = replace(form, inv_freq=torch.cat([form.inv_freq[:2], 0 * form.inv_freq[2:]]))
+    assert error(outputs(still.balanced()), outputs(still)) < 1e-10
+    width = form.qk_nope_head_dim
+    norms = 0.5 + torch.rand(2, width, generator=seeded()).double()
+    normed = replace(form, q_norm=norms[0], k_norm=norms[1], norm_eps=1e-6)
+    assert error(outputs(normed.balanced()), outputs(normed)) < 1e-10
+    # Evened as if there were no norm, they would be others.
+    wrong = replace(form.balanced(), q_norm=norms[0], k_norm=norms[1], norm_eps=1e-6)
+    assert error(outputs(wrong), outputs(normed)) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["decoupled", "read key", "mfa", "mfa-kr"])
 def test_what_is_made_large_is_read_as_large(kind):
     """Rotated components a thousand times as large as what reads them come to one size."""
