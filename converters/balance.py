@@ -6,7 +6,11 @@ rows: what is small is shaken, what is large stays. As they come from a factoris
 components are a hundred times as large as what reads them, and more.
 """
 
+import torch
 from torch import Tensor
+
+# A channel that is smaller than this share of the largest one is rounding.
+ROUNDING = 1e-5
 
 
 def size(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -23,5 +27,15 @@ def paired(sizes: Tensor) -> Tensor:
 
 def evening(made: Tensor, read: Tensor) -> Tensor:
     """What to multiply channels by so that both maps have one size; 1 for one that is unused."""
-    used = (made > 0) & (read > 0)
+    if not made.numel():
+        return torch.ones_like(made)
+    used = (made > ROUNDING * made.max()) & (read > ROUNDING * read.max())
     return (read.where(used, 1) / made.where(used, 1)).sqrt()
+
+
+def even_queries(q: Tensor, q_down: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries [H, Q, L] and the down-projection [L, D] they map from, if any, of one size."""
+    if q_down is None:
+        return q, None
+    low = evening(size(q_down, -1), size(q, (0, 1)))
+    return q / low, q_down * low[:, None]

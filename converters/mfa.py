@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .balance import evening, paired, size
+from .balance import even_queries, evening, paired, size
 from .calibration import Kronecker, in_precision, query_factors
 from .errors import InputError
 from .lowrank import WeightedSVD
@@ -128,10 +128,7 @@ class MFA:
         key = torch.cat(
             [evening(made[:free], read[:free]), evening(paired(made[free:]), paired(read[free:]))]
         )
-        q, q_down = self.q / key[:, None], self.q_down
-        if q_down is not None:
-            low = evening(size(q_down, -1), size(q, (0, 1)))
-            q, q_down = q / low, q_down * low[:, None]
+        q, q_down = even_queries(self.q / key[:, None], self.q_down)
         values: dict[str, Any] = {}
         if self.v is None:
             reading = self._reading() / key

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .balance import evening, paired, size
+from .balance import even_queries, evening, paired, size
 from .calibration import (
     Kronecker,
     PhaseMoments,
@@ -142,10 +142,7 @@ class MLA:
         readers = kv_b.flatten(0, 1) if k_rope is None else torch.cat([kv_b.flatten(0, 1), k_rope])
         latent = evening(size(self.kv_a[:r], -1), size(readers, 0))  # [r]
         cached = latent if self.k_rope is not None else torch.cat([latent, rope])
-        new_q, q_down = self.q / query[..., None], self.q_down
-        if q_down is not None:
-            low = evening(size(q_down, -1), size(new_q, (0, 1)))
-            new_q, q_down = new_q / low, q_down * low[:, None]
+        new_q, q_down = even_queries(self.q / query[..., None], self.q_down)
         return replace(
             self,
             q=new_q,

@@ -105,6 +105,10 @@ def test_what_is_made_large_is_read_as_large(kind):
 def test_channels_without_use_stay():
     made, read = torch.tensor([4.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 0.0])
     assert evening(made, read).tolist() == [0.5, 1.0, 1.0]
+    # Rounding has a size, and no meaning: to blow it up would shrink what is on the other side.
+    made, read = torch.tensor([4.0, 1e-8, 3.0]), torch.tensor([1.0, 2.0, 1e-9])
+    assert evening(made, read).tolist() == [0.5, 1.0, 1.0]
+    assert evening(torch.zeros(2, 0), torch.zeros(2, 0)).shape == (2, 0)
     assert paired(torch.tensor([3.0, 1.0, 4.0, 1.0])).tolist() == pytest.approx(
         [12.5**0.5, 1.0, 12.5**0.5, 1.0]
     )

@@ -75,7 +75,7 @@ def drop_bias(tensors):
 
 def one_number(tensors):
     weight = tensors["kv_b_proj.weight"].clone()
-    weight[-1, 0] += 1  # of a value
+    weight[0, 0] += 1
     return tensors | {"kv_b_proj.weight": weight}
 
 
