@@ -216,7 +216,7 @@ def convert(
             choice("--pooling", pooling, list(POOLINGS))
         if preset is not None:
             choice("--preset", preset, list(PRESETS))
-        ids = _check_report(model, report, eval_text, force, dry_run)
+        ids = _check_report(model, report, eval_text, force, dry_run) if first_process() else None
         with progress_bars(quiet, verbose) as progress:
             done = run(
                 model,

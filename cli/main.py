@@ -95,7 +95,8 @@ def _explain(error: Exception) -> int:
         return 1
     # typer changed the base class of its usage errors between versions; all have this method.
     if hasattr(error, "format_message"):
-        _say(error.format_message())
+        if first_process():  # all processes were given the same
+            _say(error.format_message())
         return 2
     if isinstance(error, InputError):
         _say(str(error))

@@ -101,31 +101,33 @@ def convert(
         InputError: what was asked cannot be done; nothing has been written.
     """
     began = time.monotonic()
-    if to not in TARGETS or rope not in ROPES:
-        raise InputError(f"form {to!r} with rope {rope!r} is unknown. Forms: {', '.join(TARGETS)}.")
-    steps = HEALING_STEPS if heal is None else heal
-    recipe = Recipe(
-        source=str(model),
-        form=to,
-        rope=rope,
-        kv_budget=parse_budget(TARGETS[to].default_budget if kv_budget is None else kv_budget),
-        calibration=calibration or "default",
-        samples=samples or (HEALING_SEQUENCES if steps else CLOSED_FORM_SEQUENCES),
-        heal=steps,
-        seed=seed,
-        kv_lora_rank=kv_lora_rank,
-        qk_rope_head_dim=qk_rope_head_dim,
-        q_lora_rank=q_lora_rank,
-        num_key_value_heads=num_key_value_heads,
-        pooling=pooling,
-        head_dim=head_dim,
-        share_q_dim=share_q_dim,
-        uniform=uniform_rank or native or preset == "engine",
-        native=native or preset == "engine",
-        preset=preset,
-    )
     processes = Processes()
     with processes.first_alone():
+        if to not in TARGETS or rope not in ROPES:
+            raise InputError(
+                f"form {to!r} with rope {rope!r} is unknown. Forms: {', '.join(TARGETS)}."
+            )
+        steps = HEALING_STEPS if heal is None else heal
+        recipe = Recipe(
+            source=str(model),
+            form=to,
+            rope=rope,
+            kv_budget=parse_budget(TARGETS[to].default_budget if kv_budget is None else kv_budget),
+            calibration=calibration or "default",
+            samples=samples or (HEALING_SEQUENCES if steps else CLOSED_FORM_SEQUENCES),
+            heal=steps,
+            seed=seed,
+            kv_lora_rank=kv_lora_rank,
+            qk_rope_head_dim=qk_rope_head_dim,
+            q_lora_rank=q_lora_rank,
+            num_key_value_heads=num_key_value_heads,
+            pooling=pooling,
+            head_dim=head_dim,
+            share_q_dim=share_q_dim,
+            uniform=uniform_rank or native or preset == "engine",
+            native=native or preset == "engine",
+            preset=preset,
+        )
         source = open_source(model, accept=family_of)
         output = Path(output).expanduser()
         check_output(output, force=force, protect=source.path)

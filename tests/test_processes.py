@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import folders
 import pytest
@@ -84,10 +85,15 @@ def test_a_dry_run_is_shared_too(inputs, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_refusal_is_told_once_and_all_end(inputs, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [("--to", "mla"), ("--to", "mlaa"), ("--to", "mla", "--kv-budget", "none")],
+    ids=["output in the way", "no form", "no budget"],
+)
+def test_a_refusal_is_told_once_and_all_end(inputs, tmp_path, options):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    done = run(LAUNCH, inputs, tmp_path / "out", "--to", "mla")
+    done = run(LAUNCH, inputs, tmp_path / "out", *options)
     assert done.returncode != 0 and done.stdout == ""
     assert len([line for line in done.stderr.splitlines() if line.startswith("rehead: ")]) == 1
     assert bytes_of(tmp_path / "out") == {"mine": b"x"}
@@ -132,3 +138,17 @@ def test_devices_are_one_for_each_process():
     assert processes.own(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(InputError, match="--device cuda: each takes its own"):
         processes.own(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("mine", [0, 1, 2])
+def test_a_process_without_a_device_is_refused(mine, monkeypatch):
+    processes = Processes()
+    processes.count, processes.index = 3, mine
+    processes._state = SimpleNamespace(local_process_index=mine)
+    two = SimpleNamespace(device_count=lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: two)
+    if mine < 2:
+        assert processes.own(torch.device("cuda")) == torch.device("cuda", mine)
+    else:
+        with pytest.raises(InputError, match="3 processes were launched, and 2 cuda devices"):
+            processes.own(torch.device("cuda"))

@@ -1,10 +1,6 @@
 """`accelerate launch ... -m rehead.uptraining DIR --data FILE ...`, which is `rehead uptrain`."""
 
-import sys
-from importlib.metadata import entry_points
+from ..converters.launched import run_command
 
 if __name__ == "__main__":
-    # By its name: the command line knows the library, not the other way round.
-    (script,) = entry_points(group="console_scripts", name="rehead")
-    sys.argv[1:1] = ["uptrain"]
-    script.load()()
+    run_command("uptrain")
