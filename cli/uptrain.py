@@ -127,11 +127,14 @@ def uptrain(
         ),
     ] = None,
     warmup: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, max=1, help="Share of the steps in which it rises.", rich_help_panel=TRAINING
+            min=0,
+            max=1,
+            help="Share of the steps in which it rises. [dim]Default: 20 steps; 0.05 to 0.2.[/]",
+            rich_help_panel=TRAINING,
         ),
-    ] = 0.05,
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Windows a step.", rich_help_panel=TRAINING)
     ] = 2,

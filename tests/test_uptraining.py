@@ -222,6 +222,25 @@ def test_the_same_seed_and_budget_give_the_same_windows(inputs):
     assert len(one.train) == STEPS * 4
 
 
+# The rate
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "warm_up"),
+    [
+        (10, None, 2),
+        (50, None, 10),
+        (200, None, 20),
+        (1000, None, 50),
+        (1000, 0.0, 0),
+        (10, 0.5, 5),
+    ],
+)
+def test_short_runs_warm_up_for_longer(inputs, steps, given, warm_up):
+    config = replace(recipe(inputs), tokens=steps * 2 * 32, batch=2, window=32, warmup=given)
+    assert (config.steps, config.warmup_steps) == (steps, warm_up)
+
+
 # The teacher
 
 

@@ -9,6 +9,8 @@ from ..converters.errors import InputError
 # Chosen from the curves in docs/uptraining.md; so are two windows a step: many small ones.
 LORA_LEARNING_RATE = 1e-3
 FULL_LEARNING_RATE = 1e-4
+# Steps. Full ones in the direction that the first few windows give cost more than they bring.
+WARM_UP = 20
 # Beside the KL: the text teaches what its teacher is unsure of.
 CE_WEIGHT = 0.25
 
@@ -42,6 +44,7 @@ class UptrainConfig:
         match_weight: weight of the relative squared error of each attention block's output.
         learning_rate: the peak; None for the default of adapter or full training.
         warmup: share of the steps in which the rate rises; it falls along a cosine afterwards.
+            None for 20 steps, but at least 0.05 and at most 0.2 of all.
         dtype: "bfloat16" computes products in it, "float32" everything in float32; None for
             bfloat16 where the machine is faster with it. Trained weights are float32 in any case.
     """
@@ -66,7 +69,7 @@ class UptrainConfig:
     ce_weight: float | None = None
     match_weight: float = 0.0
     learning_rate: float | None = None
-    warmup: float = 0.05
+    warmup: float | None = None
     seed: int = 0
     dtype: str | None = None
 
@@ -76,7 +79,8 @@ class UptrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        return round(self.warmup * self.steps)
+        share = min(0.2, max(0.05, WARM_UP / self.steps)) if self.warmup is None else self.warmup
+        return round(share * self.steps)
 
     @property
     def every(self) -> int:
