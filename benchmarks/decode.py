@@ -3,7 +3,7 @@
     python benchmarks/decode.py run HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2 --budget 25
     python benchmarks/decode.py run mha-32x64 --name mha-32x64 --budget 12.5 --batches 8
     python benchmarks/decode.py table smollm2
-    python benchmarks/decode.py plot smollm2 --output docs/images/decode.png
+    python benchmarks/decode.py plot smollm2 --output decode.png
 
 The weights are random, in the shapes a conversion to the budget has: time does not depend on their
 values. Nor does it on the cache's, so that is filled instead of computed. All models of one row
@@ -72,6 +72,7 @@ def run(
     config = SYNTHETIC.get(model) or AutoConfig.from_pretrained(model)
     torch.manual_seed(0)
     models = {kind: _build(_config(config, kind, budget), dtype) for kind in kinds.split(",")}
+    _share(list(models.values()))
     steps: dict[str, Callable[..., Any]] = {
         kind: torch.compile(model, dynamic=not static) if compiled else model
         for kind, model in models.items()
@@ -137,6 +138,15 @@ def _stock(config: PretrainedConfig) -> PretrainedConfig:
 
 def _build(config: PretrainedConfig, dtype: str) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def _share(models: list[Any]) -> None:
+    """One copy of all that is not attention, so that the caches have the memory."""
+    first = models[0].state_dict()
+    for model in models[1:]:
+        same = [name for name in model.state_dict() if name in first and "attn" not in name]
+        model.load_state_dict({name: first[name] for name in same}, strict=False, assign=True)
+    gc.collect()
 
 
 @torch.no_grad()
@@ -249,8 +259,14 @@ def plot(name: str, output: Annotated[Path, typer.Option()]) -> None:
         axes.set(
             xscale="log", yscale="log", xlabel="context", ylabel="tokens/s", title=f"batch {batch}"
         )
-        axes.grid(alpha=0.3, which="both")
-    panels[0][0].legend()
+        contexts = sorted({row["context"] for row in rows})
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        ticks = [d * 10.0**e for e in range(-2, 5) for d in (1, 2, 5) if low < d * 10.0**e < high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
     figure.suptitle(rows[0]["machine"], fontsize=7)
     figure.tight_layout()
     figure.savefig(output)

@@ -103,16 +103,32 @@ class ConvertedAttention(nn.Module):
             return length == 1  # else the attention function is to apply the causal mask
         return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == 1
 
-    def _attend_as_rows(self, query, key, value, mask):
+    @staticmethod
+    def _scores_apart(query):
+        """Whether scores against turned keys are made apart from the others, and added to them.
+
+        For a step of one token on a CPU: a row of the cache is then neither copied nor widened. A
+        compiler fuses the copy into what follows; on a GPU the kernels that take scores to add want
+        them in the query's dtype, which is too coarse.
+        """
+        one = query.shape[2] == 1 and query.device.type == "cpu"
+        return one and not torch.compiler.is_compiling()
+
+    def _attend_as_rows(self, query, key, value, mask, apart=None):
         """Attention [B, H, T, v] of query [B, H, T, k] over one key and one value [B, 1, S, ...].
 
-        The heads are rows of one product, so neither key nor value is copied for each head.
+        The heads are rows of one product, so neither key nor value is copied for each head. The
+        scores `apart` [B, H, T, S], scaled already, are added to those of query and key.
         """
         batch, heads, length, _ = query.shape
         if self.config._attn_implementation == "eager" or self.softcap is not None:
-            scores = (query.flatten(1, 2) @ key.squeeze(1).transpose(1, 2)) * self.scaling
-            weights = self._softmax(scores.view(batch, heads, length, -1), mask, query.dtype)
+            scores = (query.flatten(1, 2) @ key.squeeze(1).mT) * self.scaling
+            scores = scores.view(batch, heads, length, -1)
+            scores = scores if apart is None else scores + apart
+            weights = self._softmax(scores, mask, query.dtype)
             return self._mix(weights, value), weights
+        if apart is not None:
+            mask = apart if mask is None else self._masked(apart, mask)
         # Tokens stand where heads would, so the mask needs no copy for each head.
         mixed = nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -133,9 +149,13 @@ class ConvertedAttention(nn.Module):
         """softmax of scores [B, H, T, S] under a boolean or additive mask, in fp32 or wider."""
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        elif mask is not None:
-            scores = scores + mask
+        scores = scores if mask is None else self._masked(scores, mask)
         wide = torch.promote_types(scores.dtype, torch.float32)
         return nn.functional.softmax(scores, dim=-1, dtype=wide).to(dtype)
+
+    @staticmethod
+    def _masked(scores, mask):
+        """Scores [B, H, T, S] under a boolean or additive mask."""
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores + mask

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
-from .rope_slots import SlotAngles, side_by_side, with_turned_tail
+from .rope_slots import SlotAngles, side_by_side, tail_pairs, turned_scores, with_turned
 
 
 class MFAAttention(ConvertedAttention):
@@ -111,13 +111,19 @@ class MFAAttention(ConvertedAttention):
     def _read(self, query, latent, mask, slots, angles, **kwargs):
         """Attention [B, T, H, C] of query [B, H, T, C] at `slots` [T] over latent [B, 1, S, C]."""
         absorb = self._can_absorb(query.shape[2], latent, mask)
-        key = latent
+        key, apart = latent, None
         if self.qk_rope_head_dim:
-            free = self.mfa_head_dim - self.qk_rope_head_dim
+            kept = self.mfa_head_dim - self.qk_rope_head_dim
             query = self._turned_at(query, slots, angles)
-            query = torch.cat((query[..., :free], side_by_side(query[..., free:])), dim=-1)
-            key = with_turned_tail(latent, self.rope_index, angles)
+            free, tail = query[..., :kept], side_by_side(query[..., kept:])
+            turning = tail_pairs(self.rope_index), self.rope_index, angles
+            if absorb and self._scores_apart(query):
+                apart = turned_scores(tail, latent, *turning, self.scaling)
+                tail = torch.zeros_like(tail)
+            else:
+                key = with_turned(latent, kept, *turning)
+            query = torch.cat((free, tail), dim=-1)
         if absorb:
-            mixed, weights = self._attend_as_rows(query, key, latent, mask)
+            mixed, weights = self._attend_as_rows(query, key, latent, mask, apart)
             return self._value(mixed).transpose(1, 2), weights
         return self._attend(query, key, self._value(latent), mask, self.scaling, **kwargs)

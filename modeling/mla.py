@@ -11,7 +11,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .converted_attention import NO_ROPE, ConvertedAttention
 from .read_kernel import kernel_read, kernel_serves
-from .rope_slots import SlotAngles, rotate, side_by_side, slot_scores, with_rope_key
+from .rope_slots import (
+    SlotAngles,
+    key_pairs,
+    rotate,
+    side_by_side,
+    slot_scores,
+    turned_scores,
+    with_turned,
+)
 
 
 class MLAAttention(ConvertedAttention):
@@ -220,13 +228,19 @@ class MLAAttention(ConvertedAttention):
                     self.rope_index, angles, self.scaling,
                 ), None  # fmt: skip
             else:
+                apart = None
                 if on_read:
-                    tail = side_by_side(tail)
-                    cached = with_rope_key(cached, rope_weight, rope_bias, self.rope_index, angles)
+                    tail, pairs = side_by_side(tail), key_pairs(rope_weight, rope_bias)
+                    turning = pairs, self.rope_index, angles
+                    if self._scores_apart(query):
+                        apart = turned_scores(tail, cached, *turning, self.scaling)
+                        tail = tail[..., :0]
+                    else:
+                        cached = with_turned(cached, r, *turning)
                 # The whole row is the value too: equal widths take the fused kernel, and the excess
                 # is cut off.
                 query = torch.cat((free, tail), dim=-1)
-                mixed, weights = self._attend_as_rows(query, cached, cached, mask)
+                mixed, weights = self._attend_as_rows(query, cached, cached, mask, apart)
             mixed = mixed[..., :r]
         output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), weight[:, n:])
         if bias is not None:

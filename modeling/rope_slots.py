@@ -3,7 +3,7 @@
 S slots in the cache, T query tokens, H query heads, g KV heads, d head_dim, f = d / 2 frequencies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -171,42 +171,36 @@ def slot_scores(
     return scores
 
 
-def with_rope_key(
-    latent: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    index: torch.Tensor,
-    angles: SlotAngles,
-) -> torch.Tensor:
-    """Latents [B, 1, S, r], each followed by the rotated key [d_r] that it holds, weight [d_r, r].
+Pairs = Callable[[torch.Tensor], torch.Tensor]
 
-    Key s is Rot_s (weight latent_s + bias), turned by the slot and the d_r / 2 frequencies `index`,
-    with each pair's two parts side by side (`side_by_side`), as complex numbers lie in memory.
+
+def key_pairs(weight: torch.Tensor, bias: torch.Tensor | None) -> Pairs:
+    """Of latents [..., r], the key [..., d_r] that `weight` [d_r, r] and `bias` read, unturned.
+
+    Each pair's two parts are side by side (`side_by_side`), as complex numbers lie in memory.
     """
     weight = side_by_side(weight.T).T
     bias = None if bias is None else side_by_side(bias)
-    return _with_turned(
-        latent, lambda rows: nn.functional.linear(rows, weight, bias), index, angles
-    )
+    return lambda latent: nn.functional.linear(latent, weight, bias)
 
 
-def with_turned_tail(latent: torch.Tensor, index: torch.Tensor, angles: SlotAngles) -> torch.Tensor:
-    """Latents [B, 1, S, C] with their last 2 n dimensions turned, as in `with_rope_key`.
-
-    Before, these are real parts then imaginary parts; after it each pair's two are side by side.
-    """
-    free = latent.shape[-1] - 2 * len(index)
-    return _with_turned(latent, lambda x: side_by_side(x[..., free:]), index, angles, free)
+def tail_pairs(index: torch.Tensor) -> Pairs:
+    """Of latents [..., C], a copy of the last 2 n dimensions, as `key_pairs` has them."""
+    tail = 2 * len(index)
+    return lambda x: torch.stack(x[..., -tail:].chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
-def _with_turned(
+def with_turned(
     latent: torch.Tensor,
-    pairs: Callable[[torch.Tensor], torch.Tensor],
+    kept: int,
+    pairs: Pairs,
     index: torch.Tensor,
     angles: SlotAngles,
-    kept: int | None = None,
 ) -> torch.Tensor:
-    """The first `kept` dimensions of latents [B, 1, S, C], and `pairs` of them, turned by slot."""
+    """The first `kept` dimensions of latents [B, 1, S, C], then `pairs` of them turned by slot.
+
+    The pairs [B, 1, S, 2 n] turn by the slot and the n frequencies `index`.
+    """
     total = latent.shape[2]
     first = latent[..., :kept]
     if torch.compiler.is_compiling():
@@ -214,18 +208,47 @@ def _with_turned(
         real, imag = pairs(latent).unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((real * cos - imag * sin, imag * cos + real * sin), dim=-1)
         return torch.cat((first, turned.flatten(-2).to(latent.dtype)), dim=-1)
-    width = first.shape[-1]
-    rows = latent.new_empty(*latent.shape[:3], width + 2 * len(index))
-    rows[..., :width] = first
+    rows = latent.new_empty(*latent.shape[:3], kept + 2 * len(index))
+    rows[..., :kept] = first
+    for part, turned in _turned_parts(latent, pairs, index, angles):
+        rows[:, :, part, kept:] = turned
+    return rows
+
+
+def turned_scores(
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    pairs: Pairs,
+    index: torch.Tensor,
+    angles: SlotAngles,
+    scaling: float,
+) -> torch.Tensor:
+    """Scores [B, H, T, S] of query [B, H, T, 2 n] against `pairs` of latents [B, 1, S, r], turned.
+
+    The same as with the rows of `with_turned`, of which none are made: no latent is copied.
+    """
+    batch, heads, length, _ = query.shape
+    work = torch.promote_types(latent.dtype, torch.float32)
+    query = query.to(work).flatten(1, 2) * scaling
+    scores = query.new_empty(batch, heads * length, latent.shape[2])
+    for part, turned in _turned_parts(latent, pairs, index, angles):
+        scores[..., part] = query @ turned.squeeze(1).mT
+    return scores.view(batch, heads, length, -1)
+
+
+def _turned_parts(
+    latent: torch.Tensor, pairs: Pairs, index: torch.Tensor, angles: SlotAngles
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slots, and their turned pairs [B, 1, slots, 2 n] in float32 or wider."""
+    total = latent.shape[2]
     phases = angles.selected_phases(total, index)  # [S, n]
     work = torch.promote_types(latent.dtype, torch.float32)
-    size = min(total, GPU_CHUNK)
+    size = max(1, GPU_CHUNK // len(latent))
     for start in range(0, total, size):
         part = slice(start, start + size)
-        flat = pairs(latent[:, :, part]).to(work).contiguous()
-        turned = torch.view_as_complex(flat.unflatten(-1, (-1, 2))) * phases[part]
-        rows[:, :, part, width:] = torch.view_as_real(turned).flatten(-2)
-    return rows
+        turned = pairs(latent[:, :, part]).to(work).contiguous()
+        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(phases[part])
+        yield part, turned
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:

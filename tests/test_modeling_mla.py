@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import peft
 import pytest
@@ -16,7 +17,9 @@ from rehead.modeling import (
     MLAAttention,
     rope_slots,
 )
+from rehead.modeling import mfa as mfa_module
 from rehead.modeling import mla as mla_module
+from rehead.modeling.converted_attention import ConvertedAttention
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.FORMS)
 
@@ -144,6 +147,41 @@ def test_absorbed_long_context_equals_expanded(form, monkeypatch):
     assert error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [partial(tiny.mla, form="rope_read"), partial(tiny.mfa, form="mfa_kr")]
+)
+@torch.no_grad()
+def test_scores_made_apart_are_those_of_the_widened_rows(
+    make, dtype, implementation, ids, left_padding, monkeypatch
+):
+    """Also no further from float32 than those are; a scale that is left out shows."""
+    exact = make()
+    model = copy.deepcopy(exact).to(dtype)
+    for each in (exact, model):
+        each.set_attn_implementation(implementation)
+
+    def steps(each):
+        return step_by_step(each, ids, left_padding, 14, [1] * 6)[left_padding.bool()].float()
+
+    monkeypatch.setattr(ConvertedAttention, "_scores_apart", staticmethod(lambda query: False))
+    want, widened = steps(exact), steps(model)
+    monkeypatch.undo()
+    used = []
+    right = rope_slots.turned_scores
+    for module in (mla_module, mfa_module):
+        monkeypatch.setattr(
+            module, "turned_scores", lambda *args: (used.append(1), right(*args))[1]
+        )
+    got = steps(model)
+    assert used
+    assert error(got, want) <= max(1e-5, 1.2 * error(widened, want))
+    for module in (mla_module, mfa_module):
+        monkeypatch.setattr(module, "turned_scores", lambda *args: right(*args[:-1], 1.0))
+    assert error(steps(model), want) > max(1e-2, 2 * error(widened, want))
+
+
 @torch.no_grad()
 def test_wrong_slot_shows(ids, monkeypatch):
     """The twin of the two tests above: a query one slot off must fail their tolerance."""
@@ -161,7 +199,8 @@ def test_wrong_slot_shows(ids, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
-    monkeypatch.setattr(rope_slots, "CPU_CHUNK", 64)
+    for name in ("CPU_CHUNK", "GPU_CHUNK"):
+        monkeypatch.setattr(rope_slots, name, 64)
     model = tiny.mla(form=form)
     attn, length = model.model.layers[0].self_attn, 1000
     rows = torch.randn(2, 1, length, attn.kv_a_proj_with_mqa.out_features)
@@ -173,9 +212,6 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
     tiny.absorb(monkeypatch, MLAAttention, False)
     with tiny.Largest() as expanded:
         attn(x, rope, None, full)
-    if form == "rope_read":  # every row once more, with its rotated key
-        assert absorbed.numel == 2 * length * sum(model.config.layer_dims(0)) < expanded.numel
-        return
     # The scores, heads * length, are all there is.
     assert absorbed.numel <= 2 * 4 * length < rows.numel() <= expanded.numel
 

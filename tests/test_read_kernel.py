@@ -7,7 +7,7 @@ from tiny import error, step_by_step
 
 from rehead.modeling import mla as mla_module
 from rehead.modeling import read_kernel
-from rehead.modeling.rope_slots import SlotAngles, side_by_side, with_rope_key
+from rehead.modeling.rope_slots import SlotAngles, key_pairs, side_by_side, with_turned
 
 BATCH, HEADS, RANK, SLOTS, SCALING = 2, 3, 21, 300, 0.3
 INDEX = torch.tensor([0, 2, 2, 5, 7])
@@ -24,7 +24,7 @@ def inputs(dtype: torch.dtype = torch.float32):
 
 def formed(query, tail, latent, weight, bias, mask, angles):
     """The same by keys that are formed, and torch's attention."""
-    rows = with_rope_key(latent, weight, bias, INDEX, angles)
+    rows = with_turned(latent, latent.shape[-1], key_pairs(weight, bias), INDEX, angles)
     return torch.nn.functional.scaled_dot_product_attention(
         torch.cat((query, side_by_side(tail)), dim=-1),
         rows.expand(-1, HEADS, -1, -1),
