@@ -46,6 +46,7 @@ def run(
     count: int = 16,
     label: Annotated[str, typer.Option(help="Sets these figures apart from others.")] = "",
     options: Annotated[str, typer.Option(help="More options of convert, in one string.")] = "",
+    keep: Annotated[Path | None, typer.Option(help="Leave the models in this folder.")] = None,
 ) -> None:
     """Measures what is not in the results yet."""
     rows = _read(name)
@@ -73,10 +74,9 @@ def run(
         key = {"form": form, "rope": rope, "budget": budget, "heal": heal, "label": label}
         if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            done = _convert(
-                model, form, Path(folder) / "converted", budget, calibration, heal, rope, options
-            )
+        with tempfile.TemporaryDirectory() as scratch:
+            output = (keep or Path(scratch)) / f"{form}{rope and '-' + rope}-{budget:g}"
+            done = _convert(model, form, output, budget, calibration, heal, rope, options)
             converted = load_model(done["output"], dtype="float32")
             rows.append(
                 key
