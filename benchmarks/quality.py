@@ -75,7 +75,9 @@ def run(
         if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            output = (keep or Path(scratch)) / f"{form}{rope and '-' + rope}-{budget:g}"
+            healed = "" if heal is None else f"heal-{heal}"
+            parts = filter(None, [form, rope, f"{budget:g}", healed, label])
+            output = (keep or Path(scratch)) / "-".join(parts)
             done = _convert(model, form, output, budget, calibration, heal, rope, options)
             converted = load_model(done["output"], dtype="float32")
             rows.append(
