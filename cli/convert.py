@@ -136,11 +136,12 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="FILE",
-            help=".txt, .jsonl (field text), either .gz, or a hub data set. "
-            "[dim]Default: Wikipedia articles that come with rehead.[/]",
+            help=".txt, .jsonl (field text), either .gz, or a hub data set; given several times, "
+            "an equal share of each. [dim]Default: default, Wikipedia articles that come with "
+            "rehead.[/]",
             rich_help_panel=TEXT,
         ),
     ] = None,

@@ -15,6 +15,7 @@ from .convert import convert
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .sample import sample
 from .uptrain import uptrain
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command()(evaluate)
 app.command()(export)
 app.command()(inspect)
+app.command()(sample)
 app.command()(uptrain)
 
 convert_app = typer.Typer(**_settings)

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ FORMS = {name: target.title for name, target in TARGETS.items()}
 CLOSED_FORM_SEQUENCES = 16
 HEALING_SEQUENCES = 100
 SEQUENCE_LENGTH = 1024
+DEFAULT_TEXT = "default"
 HEALING_STEPS = 100
 
 
@@ -46,7 +48,7 @@ def convert(
     to: str = "mla",
     output: str | Path,
     kv_budget: float | str | None = None,
-    calibration: str | None = None,
+    calibration: str | Sequence[str] | None = None,
     samples: int | None = None,
     heal: int | None = None,
     rope: str = "decoupled",
@@ -79,7 +81,8 @@ def convert(
         output: the folder to write.
         kv_budget: the share of the source's KV cache to keep per token, 0.5 or "50%"; None for
             half, and for what MQA keeps.
-        calibration: a text (see `text.read_text`); None for the one that comes with rehead.
+        calibration: a text (see `text.read_text`); `default`, or None, for the one that comes with
+            rehead. Of several, each gives an equal share of the sequences.
         samples: calibration sequences.
         heal: healing steps a layer; None for the default.
         rope: "decoupled" or "on-read", of MLA.
@@ -113,7 +116,7 @@ def convert(
             form=to,
             rope=rope,
             kv_budget=parse_budget(TARGETS[to].default_budget if kv_budget is None else kv_budget),
-            calibration=calibration or "default",
+            calibration=" + ".join(text_names(calibration)),
             samples=samples or (HEALING_SEQUENCES if steps else CLOSED_FORM_SEQUENCES),
             heal=steps,
             seed=seed,
@@ -250,26 +253,42 @@ def converted_config(
     return target.config_of(layers, fields)
 
 
-def calibration_tokens(source: Source, samples: int, seed: int, calibration: str | None) -> Tensor:
-    """So many windows of the calibration text, drawn by the seed; fewer of a short text."""
+def text_names(calibration: str | Sequence[str] | None) -> list[str]:
+    """The texts that were asked for, as `convert` takes them, one by one."""
+    return [calibration] if isinstance(calibration, str) else [*(calibration or [DEFAULT_TEXT])]
+
+
+def calibration_tokens(
+    source: Source, samples: int, seed: int, calibration: str | Sequence[str] | None
+) -> Tensor:
+    """So many windows drawn by the seed, of each text an equal share; fewer of a short text."""
+    texts = text_names(calibration)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
         raise InputError(f"{source.path} has no usable tokenizer: {one_line(error)}") from error
-    text = default_calibration_text() if calibration is None else read_text(calibration)
+    if samples < len(texts):
+        raise InputError(f"{len(texts)} calibration texts cannot share --samples {samples}.")
     longest = getattr(source.config, "max_position_embeddings", SEQUENCE_LENGTH)
     length = min(SEQUENCE_LENGTH, longest)
-    # A few times as many as needed, so that they do not all come from the text's start.
-    tokens = windows(tokenizer, text, length, 8 * samples)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for number, name in enumerate(texts):
+        text = default_calibration_text() if name == DEFAULT_TEXT else read_text(name)
+        share = (samples + len(texts) - 1 - number) // len(texts)
+        # A few times as many as needed, so that they do not all come from the text's start.
+        tokens = windows(tokenizer, text, length, 8 * share)
+        drawn.append(tokens[torch.randperm(len(tokens), generator=generator)[:share]])
+    tokens = torch.cat(drawn)
     if int(tokens.max()) >= source.config.vocab_size:
         raise InputError(
             f"the tokenizer of {source.path} gives id {int(tokens.max())}, and the model knows "
             f"{source.config.vocab_size}. They do not belong together."
         )
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    return tokens[order[:samples]]
+    # What is held out of the sequences has then its share of every text.
+    return tokens if len(texts) == 1 else tokens[torch.randperm(len(tokens), generator=generator)]
 
 
 def target_device(name: str, processes: Processes) -> torch.device:

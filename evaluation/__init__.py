@@ -6,7 +6,7 @@ Importing this package makes rehead's own model classes known to transformers.
 from .cache import cache_bytes_of_config, kv_bytes_per_token
 from .capacity import Capacity, capacity, parameter_counts
 from .comparison import Comparison, Measured, compare, comparison_windows
-from .generation import continuation
+from .generation import continuation, own_texts
 from .loading import load_config, load_model, load_tokenizer
 from .perplexity import Perplexity, perplexity
 from .report import check_report, report_page, write_report
@@ -26,6 +26,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "own_texts",
     "parameter_counts",
     "perplexity",
     "report_page",

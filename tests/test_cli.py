@@ -129,7 +129,46 @@ def test_evaluate_shows_a_table(inputs, capsys):
     assert "256 B" in out
 
 
+def test_a_model_writes_texts_that_a_conversion_is_calibrated_on(inputs, tmp_path, capsys):
+    place = tmp_path / "own.jsonl"
+    args = ("sample", inputs[0], "--output", place, "--tokens", 300, "--length", 40, "--batch", 4)
+    code, out, _ = run(capsys, *args, "--json")
+    assert code == 0
+    found = json.loads(out)
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    assert (len(lines), found["output"]) == (found["texts"], str(place))
+    assert 300 <= found["tokens"] < 340
+    before = place.read_bytes()
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert "Give another --output, or --force" in err
+    assert run(capsys, *args, "--force", "--seed", 1)[0] == 0
+    assert place.read_bytes() != before
+    assert run(capsys, *args, "--force")[0] == 0
+    assert place.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
+    texts = ("--calibration", "default", "--calibration", place, "--samples", 4, "--heal", 0)
+    args = ("convert", inputs[0], "--to", "mla", *texts, "--output", tmp_path / "out", "--json")
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert json.loads(out)["recipe"]["calibration"] == f"default + {place}"
+
+
+def test_sampling_that_breaks_off_leaves_nothing(inputs, tmp_path, monkeypatch, capsys):
+    from rehead import evaluation
+
+    def texts(*args, **options):
+        yield "a", 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "own_texts", texts)
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "sample", inputs[0])[0] == main.INTERRUPTED
+    assert not list(tmp_path.iterdir())
+
+
 MISTAKES = {
+    "no place to write": (["sample", "{model}", "--output", "no/a.jsonl"], "no is no folder"),
     "unknown command": (["evalute"], "Did you mean 'evaluate'"),
     "unknown option": (["evaluate", "{model}", "--txt", "x"], "--text"),
     "no text": (["evaluate", "{model}"], "Missing option '--text'"),
@@ -265,6 +304,7 @@ def test_options_reach_the_conversion(conversion, capsys):
     assert "nothing was written" in out
     _, options = conversion.calls.pop()
     options.pop("progress")
+    given["calibration"] = ["c.txt"]  # there may be several
     assert options == {"to": "mla", **given, **dict.fromkeys(flags, True)}
 
 

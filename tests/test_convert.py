@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers import (
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
 from rehead.converters import FORMS, ROPES, InputError, convert, job, plan, targets
 from rehead.converters.checkpoint import open_source
+from rehead.converters.convert import calibration_tokens
 from rehead.converters.families import Family
 from rehead.converters.rope_split import Components, rope_base, standard_rope_pairs
 from rehead.evaluation import kv_bytes_per_token
@@ -271,6 +273,36 @@ def calibration(folder, text, samples, seed):
     rows = torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)[: 8 * samples]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[:samples]]
+
+
+def test_several_texts_give_equal_shares(source, tmp_path):
+    """In one order drawn by the seed; the first texts give what does not divide."""
+    opened = open_source(source[0])
+    for letter in "abc":
+        (tmp_path / f"{letter}.txt").write_text(letter * 128 * 40)
+    texts = [str(tmp_path / f"{letter}.txt") for letter in "abc"]
+
+    def drawn(samples, seed=0):
+        rows = calibration_tokens(opened, samples, seed, texts)
+        assert rows.shape == (samples, 128)
+        return [folders.tokenizer().decode(row[:1]) for row in rows]
+
+    assert Counter(drawn(8)) == Counter(a=3, b=3, c=2)
+    assert drawn(8) != sorted(drawn(8)) == sorted(drawn(8, 1))
+    assert drawn(8) == drawn(8) != drawn(8, 1)
+    with pytest.raises(InputError, match="3 calibration texts cannot share --samples 2"):
+        drawn(2)
+    # One alone is as it was, and the text that comes with rehead has a name.
+    alone = calibration_tokens(opened, 8, 0, texts[:1])
+    assert torch.equal(alone, calibration_tokens(opened, 8, 0, texts[0]))
+    named = calibration_tokens(opened, 8, 3, "default")
+    assert torch.equal(named, calibration_tokens(opened, 8, 3, None))
+
+
+def test_several_texts_are_named_in_the_recipe(source, run, text, tmp_path):
+    texts = ["default", str(text)]
+    done = run(source[0], tmp_path / "out", calibration=texts, heal=0)
+    assert done.recipe.calibration == f"default + {text}"
 
 
 FORM_OPTIONS = {

@@ -6,7 +6,7 @@ import folders
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, LlamaConfig
 
 from rehead.converters.errors import InputError
 from rehead.evaluation import (
@@ -14,6 +14,7 @@ from rehead.evaluation import (
     kv_bytes_per_token,
     load_model,
     load_tokenizer,
+    own_texts,
     perplexity,
 )
 
@@ -198,3 +199,47 @@ def test_a_folder_that_lacks_something_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="cut short"):
         load_model(tmp_path)
+
+
+def own(model, tokens, **options):
+    return [*own_texts(model, folders.tokenizer(), tokens, length=12, batch=4, **options)]
+
+
+def test_own_texts_are_what_the_model_says_after_a_bos():
+    model = tiny.source(**folders.MODEL_FIELDS).eval()
+    ids = torch.tensor([[256]])
+    with torch.no_grad():
+        while ids.shape[1] <= 12:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    expected = folders.tokenizer().decode(ids[0, 1:], skip_special_tokens=True)
+    # So cold that only the most likely token is drawn.
+    assert own(model, 30, temperature=1e-3) == [(expected, 12)] * 3
+    assert own(model, 30, temperature=3.0) != [(expected, 12)] * 3
+    assert own(model, 30, seed=1) == own(model, 30, seed=1) != own(model, 30, seed=2)
+
+
+def test_own_texts_end_where_the_model_ends_them():
+    h, i, end = folders.tokenizer()("Hi.")["input_ids"]
+
+    class Model:
+        device, config = torch.device("cpu"), LlamaConfig()
+        generation_config = GenerationConfig(eos_token_id=[end])
+
+        def generate(self, **options):
+            return torch.tensor([[256, h, i, 256, h], [256, end, 0, 0, 0], [256, h, end, 7, 7]])
+
+    assert own(Model(), 3) == [("Hi", 2), ("H", 1)]
+    assert own(Model(), 4) == [("Hi", 2), ("H", 1), ("Hi", 2)]
+    Model.generation_config = GenerationConfig(eos_token_id=h)
+    Model.generate = lambda self, **options: torch.tensor([[256, h]])
+    with pytest.raises(InputError, match="before the first word"):
+        own(Model(), 3)
+    nameless = folders.tokenizer()
+    nameless.bos_token = nameless.eos_token = None
+    with pytest.raises(InputError, match="neither a BOS nor an EOS"):
+        next(own_texts(Model(), nameless, 3))
+
+
+def test_own_texts_are_no_longer_than_the_model_sees():
+    model = tiny.source(**folders.MODEL_FIELDS | dict(max_position_embeddings=9)).eval()
+    assert [size for _, size in own(model, 20, temperature=1e-3)] == [8, 8, 8]
