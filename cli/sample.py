@@ -50,16 +50,6 @@ def sample(
         tokenizer = load_tokenizer(model)
         loaded = load_model(model, dtype=dtype, device=device)
         part = place.with_name(f".{place.name}.partial")
-        texts = own_texts(
-            loaded,
-            tokenizer,
-            tokens,
-            length=length,
-            batch=batch,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
         lines = done = 0
         try:
             with (
@@ -67,10 +57,20 @@ def sample(
                 part.open("w", encoding="utf-8") as file,
             ):
                 progress("tokens", 0, tokens, {})
+                texts = own_texts(
+                    loaded,
+                    tokenizer,
+                    tokens,
+                    length=length,
+                    batch=batch,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                    progress=lambda drawn: progress("tokens", min(drawn, tokens), tokens, {}),
+                )
                 for text, size in texts:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     lines, done = lines + 1, done + size
-                    progress("tokens", min(done, tokens), tokens, {})
             part.replace(place)
         except OSError as error:
             raise InputError(f"cannot write {place}: {error.strerror or error}.") from error

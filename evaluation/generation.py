@@ -1,9 +1,11 @@
 """What a model says next."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..converters.errors import InputError
 
@@ -37,6 +39,7 @@ def own_texts(
     temperature: float = 1.0,
     top_p: float = 0.95,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Texts that the model writes from nothing, each with its number of tokens.
 
@@ -45,8 +48,9 @@ def own_texts(
     Args:
         tokens: of all texts together, or a few more.
         length: at most so many tokens in a text, which ends before where the model ends it.
-        batch: texts that are written at once.
+        batch: texts that are written at once, at most.
         temperature, top_p: of the sampling; at 1 and 1 it is the model's own distribution.
+        progress: called as progress(tokens) with every step, before the texts that hold them.
 
     Raises:
         InputError: the tokenizer has no token that a text begins with.
@@ -61,7 +65,9 @@ def own_texts(
     torch.manual_seed(seed)
     written = 0
     while written < tokens:
-        start = torch.full((batch, 1), first, device=model.device)
+        count = min(batch, -(-(tokens - written) // length))
+        start = torch.full((count, 1), first, device=model.device)
+        watch = _Watch(progress, written) if progress else None
         rows = model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -71,6 +77,7 @@ def own_texts(
             top_p=top_p,
             top_k=0,
             pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([watch] if watch else []),
         )
         before = written
         for row in rows[:, 1:].tolist():
@@ -81,6 +88,17 @@ def own_texts(
                 yield text, size
         if written == before:
             raise InputError("the model ends its texts before the first word.")
+
+
+class _Watch(StoppingCriteria):
+    """Stops nothing: it tells how many tokens are drawn."""
+
+    def __init__(self, progress: Callable[[int], None], before: int) -> None:
+        self.progress, self.before = progress, before
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.progress(self.before + len(input_ids) * (input_ids.shape[1] - 1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _listed(item: Any) -> list[Any]:

@@ -215,6 +215,9 @@ def test_own_texts_are_what_the_model_says_after_a_bos():
     # So cold that only the most likely token is drawn.
     assert own(model, 30, temperature=1e-3) == [(expected, 12)] * 3
     assert own(model, 30, temperature=3.0) != [(expected, 12)] * 3
+    seen = []
+    own(model, 30, temperature=1e-3, progress=seen.append)
+    assert seen == [3 * step for step in range(1, 13)]
     assert own(model, 30, seed=1) == own(model, 30, seed=1) != own(model, 30, seed=2)
 
 
