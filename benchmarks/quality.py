@@ -196,8 +196,12 @@ def plot(name: str, output: Annotated[Path, typer.Option()]) -> None:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.axhline(original, color="black", linewidth=0.8, label="original")
     axes.set(yscale="log", xlabel="KV cache kept, %", ylabel="perplexity")
+    low, high = axes.get_ylim()
+    ticks = [n for n in (1, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 100, 150, 200) if low < n < high]
+    axes.minorticks_off()
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(output)
 
