@@ -3,13 +3,12 @@
     python benchmarks/divergence.py ORIGINAL DIR [DIR ...] --text test.txt --text stories.jsonl
 
 For every text the mean over tokens of the KL divergence from the original's next-token
-distribution to the converted model's, in nats, and both perplexities. A `.jsonl` file's texts
-(field `text`) are seen one by one, with what the tokenizer adds to a text, the first `--count` of
-them; other texts in the first `--windows` consecutive windows of `--window` tokens, as
-`rehead evaluate` sees them.
+distribution to the converted model's, in nats, and both perplexities. Where a file holds several
+texts (`.jsonl`, field `text`), the first `--count` of them are seen one by one, with what the
+tokenizer adds to a text; one text in the first `--windows` consecutive windows of `--window`
+tokens, as `rehead evaluate` sees it.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rehead.converters.text import read_text, windows
+from rehead.converters.text import read_texts, windows
 from rehead.evaluation import load_model, load_tokenizer
 
 
@@ -48,10 +47,10 @@ def main(
 
 
 def _sequences(tokenizer: Any, name: str, window: int, number: int, count: int) -> list[Any]:
-    if not name.endswith(".jsonl"):
-        return [*windows(tokenizer, read_text(name), window, number)]
-    lines = Path(name).read_text().splitlines()[:count]
-    return [torch.tensor(tokenizer(json.loads(line)["text"]).input_ids[:window]) for line in lines]
+    texts = read_texts(name)
+    if len(texts) == 1:
+        return [*windows(tokenizer, texts[0], window, number)]
+    return [torch.tensor(tokenizer(text).input_ids[:window]) for text in texts[:count]]
 
 
 @torch.no_grad()

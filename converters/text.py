@@ -14,6 +14,8 @@ from .errors import InputError, near_path, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
+JOINED_BY = "\n\n"
+
 # Of a hub data set, which may be endless, this many characters are read (about 5M tokens).
 HUB_CHARACTERS = 20_000_000
 
@@ -24,11 +26,16 @@ SLACK = 256
 
 
 def read_text(spec: str | Path) -> str:
-    """The text of a file, or of a data set on the hub.
+    """All texts of a file, or of a data set on the hub, joined by blank lines; see `read_texts`."""
+    return JOINED_BY.join(read_texts(spec))
+
+
+def read_texts(spec: str | Path) -> list[str]:
+    """The texts of a file, or of a data set on the hub, one by one.
 
     Args:
-        spec: a `.txt` file, a `.jsonl` file whose objects have the field `text` (joined by blank
-            lines), either with `.gz`, or a hub data set's id, `ID` or `ID:CONFIGURATION`.
+        spec: a `.txt` file, a `.jsonl` file whose objects have the field `text`, either with
+            `.gz`, or a hub data set's id, `ID` or `ID:CONFIGURATION`.
 
     Raises:
         InputError: there is no such text, it is not readable as UTF-8, or it is empty.
@@ -38,18 +45,18 @@ def read_text(spec: str | Path) -> str:
     if path.is_file():
         if not name.endswith(SUFFIXES):
             raise InputError(f"{path}: text is read from {', '.join(SUFFIXES)} files.")
-        text = _decode(path, _read(path))
-        if name.removesuffix(".gz").endswith(".jsonl"):
-            text = _join(path, text)
+        content = _decode(path, _read(path))
+        lines = name.removesuffix(".gz").endswith(".jsonl")
+        texts = _texts(path, content) if lines else [content]
     elif path.is_dir():
         raise InputError(f"{path} is a folder. Give a .txt or .jsonl file.")
     elif name.endswith(SUFFIXES) or str(spec).startswith((".", "/", "~")):
         raise InputError(f"{path}: no such file.{near_path(path)}")
     else:
-        text = _from_hub(str(spec))
-    if not text.strip():
+        texts = _from_hub(str(spec))
+    if not any(text.strip() for text in texts):
         raise InputError(f"{spec} holds no text.")
-    return text
+    return texts
 
 
 def default_calibration_text() -> str:
@@ -104,7 +111,7 @@ def _tokenize(tokenizer: Any, text: str, wanted: int | None) -> list[int]:
 
 def _packaged(name: str) -> str:
     content = resources.files("rehead.data").joinpath(name).read_bytes()
-    return _join(Path(name), gzip.decompress(content).decode())
+    return JOINED_BY.join(_texts(Path(name), gzip.decompress(content).decode()))
 
 
 def _read(path: Path) -> bytes:
@@ -125,8 +132,8 @@ def _decode(path: Path, content: bytes) -> str:
         raise InputError(f"{path} is not UTF-8 text (line {line}). Convert it first.") from error
 
 
-def _join(path: Path, content: str) -> str:
-    """The texts of a .jsonl file's lines, joined by blank lines."""
+def _texts(path: Path, content: str) -> list[str]:
+    """The texts of a .jsonl file's lines."""
     texts = []
     # Not splitlines: a text may hold U+2028 and the like unescaped.
     for number, line in enumerate(content.split("\n"), 1):
@@ -141,10 +148,10 @@ def _join(path: Path, content: str) -> str:
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise InputError(f"{path}, line {number}, has no field `text` with a string.")
         texts.append(item["text"])
-    return "\n\n".join(texts)
+    return texts
 
 
-def _from_hub(spec: str) -> str:
+def _from_hub(spec: str) -> list[str]:
     import datasets
     from huggingface_hub import HfApi
 
@@ -170,4 +177,4 @@ def _from_hub(spec: str) -> str:
             f"{spec} is no file here, and no data set could be read from the hub under that name "
             f"({one_line(error, 160)})."
         ) from error
-    return "\n\n".join(texts)
+    return texts

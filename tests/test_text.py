@@ -13,6 +13,7 @@ from rehead.converters.text import (
     default_calibration_text,
     evaluation_text,
     read_text,
+    read_texts,
     windows,
 )
 
@@ -35,6 +36,7 @@ def test_files_are_read_as_the_command_line_says(packed, tmp_path):
     assert read_text(put("bom.txt", "\ufeffone")) == "one"
     items = [{"text": item, "id": number} for number, item in enumerate(TEXTS)]
     assert read_text(put("a.jsonl", lines(items))) == "\n\n".join(TEXTS)
+    assert read_texts(put("b.jsonl", lines(items))) == TEXTS
     assert read_text(put("gaps.jsonl", "\n" + lines(items).replace("\n", "\n\n"))) == (
         "\n\n".join(TEXTS)
     )
