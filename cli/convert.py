@@ -64,7 +64,8 @@ def convert(
         typer.Option(
             min=0,
             help="MLA, MFA: rotated dims of the key. Overrides the budget. "
-            "[dim]On-read they cost none of it; 0 rotates every key whole.[/]",
+            "[dim]On-read they cost none of it, and are at most a layer's latent; "
+            "0 rotates every key whole.[/]",
             rich_help_panel=SIZE,
         ),
     ] = None,

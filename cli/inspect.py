@@ -24,8 +24,8 @@ LEGEND = (
 )
 ADVICE = (
     "When to take which: [bold]mla[/] decodes fast and has DeepSeek's layout, which engines know; "
-    "[bold]mla --rope on-read[/] is nearest to the original at every size and costs more compute "
-    "a token; [bold]gqa[/] and [bold]mqa[/] stay the family's own class, which everything loads; "
+    "[bold]mla --rope on-read[/] is nearest to the original at every size and takes a little more "
+    "time; [bold]gqa[/] and [bold]mqa[/] stay the family's own class, which everything loads; "
     "[bold]mfa-kr[/] is nearer than mla at the same cache for more parameters; [bold]mfa[/] is the "
     "simplest to serve."
 )

@@ -82,6 +82,11 @@ class Budget:
         elif rotated is None:
             rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
         self._check_rank(rank, 0 if on_read else rotated)
+        if on_read and rotated > rank:
+            raise InputError(
+                f"qk_rope_head_dim={rotated} must be at most kv_lora_rank={rank}: on-read, the "
+                "rotated key is a part of the latent. Give 0 to rotate every key whole."
+            )
         return LayerDims(rank, rotated, on_read=on_read)
 
     def _check_rank(self, rank: int | None, rotated: int) -> None:

@@ -202,7 +202,7 @@ class Job:
                 form, closed, error = self._fit(layer, form, seen, self.dtype)
             else:
                 form, closed, error = self._fit(layer, form, meant, torch.float32)
-        save(_fitted_file(work, layer), (form.balanced(), closed, error, before))
+        save(_fitted_file(work, layer), (self.target.settled(form, seen.x), closed, error, before))
         if not self.recipe.native:  # which asks all layers' again
             known = _moments_file(work, layer)
             save(known, load(known, torch.device("cpu")) | {"moments": None})

@@ -107,6 +107,10 @@ class Target(ABC):
         """The closed form with what its dims do not decide."""
         return form
 
+    def settled(self, form: Any, x: Float[Tensor, "N T D"]) -> Any:
+        """A layer that is fitted, in the basis that it is stored in."""
+        return form.balanced()
+
     def named(self, form: Any, dims: Dims) -> dict[str, int]:
         """A finished layer's dims by name, with those chosen while it was built."""
         return dims.named()
@@ -179,7 +183,8 @@ class MLATarget(Target):
             return split_width(width, share, self.budget.rotatable, self.budget.rank)
         # A component of each head's each frequency would be every key, in a dearer layout.
         rotated = 2 * round(share * self.rotatable / 2) if share < 1 else 0
-        return LayerDims(min(width, self.budget.rank), rotated, on_read=True)
+        rank = min(width, self.budget.rank)
+        return LayerDims(rank, min(rotated, rank // 2 * 2), on_read=True)
 
     def choose(self, error: Callable[[float], float]) -> float:
         if not self.on_read or len(self.splits) == 1:
@@ -204,6 +209,9 @@ class MLATarget(Target):
         if self.recipe.q_lora_rank is None:
             return form
         return with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
+
+    def settled(self, form: MLA, x) -> MLA:
+        return form.settled(x).balanced()
 
     def shared(self, dims, layers) -> list[LayerDims]:
         if not self.recipe.native:

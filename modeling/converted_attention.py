@@ -107,12 +107,11 @@ class ConvertedAttention(nn.Module):
     def _scores_apart(query):
         """Whether scores against turned keys are made apart from the others, and added to them.
 
-        For a step of one token on a CPU: a row of the cache is then neither copied nor widened. A
-        compiler fuses the copy into what follows; on a GPU the kernels that take scores to add want
-        them in the query's dtype, which is too coarse.
+        For a step of one token on a CPU: a row of the cache is then neither copied nor widened. On
+        a GPU the kernels that take scores to add want them in the query's dtype, which is too
+        coarse.
         """
-        one = query.shape[2] == 1 and query.device.type == "cpu"
-        return one and not torch.compiler.is_compiling()
+        return query.shape[2] == 1 and query.device.type == "cpu"
 
     def _attend_as_rows(self, query, key, value, mask, apart=None):
         """Attention [B, H, T, v] of query [B, H, T, k] over one key and one value [B, 1, S, ...].

@@ -13,6 +13,7 @@ from .converted_attention import NO_ROPE, ConvertedAttention
 from .read_kernel import kernel_read, kernel_serves
 from .rope_slots import (
     SlotAngles,
+    apart,
     key_pairs,
     rotate,
     side_by_side,
@@ -32,9 +33,10 @@ class MLAAttention(ConvertedAttention):
 
     With `rope_on_read` the latent alone is cached, and keys are rotated by the token's slot when
     they are read. Positions given with a cache must then be contiguous. Where d_r is above 0,
-    k_rope is read from the latent, by the last d_r rows of `kv_b_proj`, and W_uk c is
-    position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole. With `qk_norm`
-    every head's query and key, or all heads' together, are normalised before they are turned.
+    k_rope is the latent's last d_r dims, the two parts of each pair side by side, and a bias, and
+    W_uk c is position-free; where it is 0 there is no k_rope, and W_uk c is rotated whole. With
+    `qk_norm` every head's query and key, or all heads' together, are normalised before they are
+    turned.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -53,17 +55,17 @@ class MLAAttention(ConvertedAttention):
             self.q_b_proj = nn.Linear(
                 config.q_lora_rank, heads * self.qk_head_dim, bias=config.q_bias
             )
-        # Numbers cached beside the latent.
-        rope_key = 0 if config.rope_on_read else self.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(
-            hidden, self.kv_lora_rank + rope_key, bias=config.kv_a_bias
-        )
-        self.pair_dim = config.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        # Whether the latent has the rotated key in it; else it is cached beside the latent.
+        self.reads_rope = config.rope_on_read and self.qk_rope_head_dim > 0
+        cached = self.kv_lora_rank + (0 if config.rope_on_read else self.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, cached, bias=config.kv_a_bias)
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank,
-            self.pair_dim + self.qk_rope_head_dim - rope_key,
+            config.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim),
             bias=config.kv_b_bias,
         )
+        if self.reads_rope:  # what is constant in the key has no place in the latent
+            self.k_rope_bias = nn.Parameter(torch.zeros(self.qk_rope_head_dim))
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
         if config.qk_norm:
             widths = (
@@ -77,6 +79,8 @@ class MLAAttention(ConvertedAttention):
 
     def init_own(self):
         super().init_own()
+        if self.reads_rope:
+            init.zeros_(self.k_rope_bias)
         if self.config.qk_norm:  # some families begin their own norms at zero
             init.ones_(self.q_norm.weight)
             init.ones_(self.k_norm.weight)
@@ -101,7 +105,7 @@ class MLAAttention(ConvertedAttention):
             query = _normalised(self.q_norm, query)
         query = query.transpose(1, 2)  # [B, H, T, n + d_r]
         cached = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, r + d_r]
-        if self.qk_rope_head_dim and not self.config.rope_on_read:
+        if self.qk_rope_head_dim and not self.reads_rope:
             # [B, 1, T, d_r / 2]
             cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
             query, cached = self._rotate_tail(query, cos, sin), self._rotate_tail(cached, cos, sin)
@@ -130,9 +134,10 @@ class MLAAttention(ConvertedAttention):
 
         `kv_b_proj` is called, not read, so adapters, quantised weights and gradients all count.
         """
-        latent, rope_key = _split(cached, self.kv_lora_rank, -1)
         batch, _, total, _ = cached.shape
-        pair, read_key = _split(self.kv_b_proj(latent.squeeze(1)), self.pair_dim, -1)
+        r = self.kv_lora_rank
+        latent, rope_key = cached.split([r, cached.shape[-1] - r], dim=-1)
+        pair = self.kv_b_proj(latent.squeeze(1))
         pair = pair.view(batch, total, -1, self.qk_nope_head_dim + self.v_head_dim)
         key, value = pair.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         if self.config.qk_norm:
@@ -145,8 +150,9 @@ class MLAAttention(ConvertedAttention):
                 at_query = at_key = tuple(x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
             else:
                 at_query, at_key = angles.at(slots), angles.table(total, key.device)
-            if self.qk_rope_head_dim:
-                rope_key = rotate(read_key.unsqueeze(1), *self._select(at_key))
+            if self.reads_rope:
+                read_key = apart(key_pairs(self.k_rope_bias)(latent))
+                rope_key = rotate(read_key, *self._select(at_key))
                 if slots is not None:
                     at_query = tuple(x * angles.score_scaling for x in at_query)
                 query = self._rotate_tail(query, *self._select(at_query))
@@ -171,7 +177,7 @@ class MLAAttention(ConvertedAttention):
         if (weight.dtype, weight.device) != (cached.dtype, cached.device):
             return False
         # A compiler fuses the rotation into the product that forms the keys; leave it whole.
-        whole = on_read and not self.qk_rope_head_dim
+        whole = on_read and not self.reads_rope
         if whole and torch.compiler.is_compiling():
             return False
         # Multiply-adds of both ways. Absorbed, a score costs r + d_r and a value r for each head,
@@ -181,7 +187,7 @@ class MLAAttention(ConvertedAttention):
         r, rotated, n, v = (
             self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim
         )  # fmt: skip
-        total, groups = cached.shape[2], self.pair_dim // (n + v)
+        total, groups = cached.shape[2], layer.out_features // (n + v)
         queries = length * groups * self.num_key_value_groups
         expanded = total * groups * r * (n + v) + queries * total * (n + rotated + v)
         if whole:
@@ -199,12 +205,11 @@ class MLAAttention(ConvertedAttention):
         batch, heads, length, _ = query.shape
         r, n = self.kv_lora_rank, self.qk_nope_head_dim
         per_head = n + self.v_head_dim
-        weight, rope_weight = _split(self.kv_b_proj.weight, self.pair_dim)
-        weight = weight.view(-1, per_head, r)  # [g, n + v, r]
-        bias, rope_bias = _split(self.kv_b_proj.bias, self.pair_dim)
+        weight = self.kv_b_proj.weight.view(-1, per_head, r)  # [g, n + v, r]
+        bias: torch.Tensor | None = self.kv_b_proj.bias
         bias = None if bias is None else bias.view(-1, per_head)
         groups = weight.shape[0]
-        if self.config.rope_on_read and not self.qk_rope_head_dim:
+        if self.config.rope_on_read and not self.reads_rope:
             key_bias = None if bias is None else bias[:, :n]
             norm = self.k_norm if self.config.qk_norm else None
             scores = slot_scores(
@@ -214,33 +219,41 @@ class MLAAttention(ConvertedAttention):
             weights = self._softmax(scores, mask, query.dtype)
             mixed = self._mix(weights, cached)
         else:
-            on_read = self.config.rope_on_read
-            if on_read:
+            if self.reads_rope:
                 query = self._turned_at(query, slots, angles)
             # The keys' bias adds the same to all scores of a query, which softmax cannot see.
             free = query[..., :n].unflatten(1, (groups, -1))
             free = torch.einsum("bgmtn,gnr->bgmtr", free, weight[:, :n]).flatten(1, 2)
             tail = query[..., n:]
             kernel = self.softcap is None and kernel_serves(self.config._attn_implementation, query)
-            if on_read and kernel:
-                mixed, weights = kernel_read(
-                    free, tail, cached, rope_weight, rope_bias, mask,
-                    self.rope_index, angles, self.scaling,
-                ), None  # fmt: skip
+            if self.reads_rope and kernel:
+                mixed, weights = (
+                    kernel_read(
+                        free,
+                        tail,
+                        cached,
+                        self.k_rope_bias,
+                        mask,
+                        self.rope_index,
+                        angles,
+                        self.scaling,
+                    ),
+                    None,
+                )
             else:
-                apart = None
-                if on_read:
-                    tail, pairs = side_by_side(tail), key_pairs(rope_weight, rope_bias)
+                turned = None
+                if self.reads_rope:
+                    tail, pairs = side_by_side(tail), key_pairs(self.k_rope_bias)
                     turning = pairs, self.rope_index, angles
                     if self._scores_apart(query):
-                        apart = turned_scores(tail, cached, *turning, self.scaling)
+                        turned = turned_scores(tail, cached, *turning, self.scaling)
                         tail = tail[..., :0]
                     else:
                         cached = with_turned(cached, r, *turning)
                 # The whole row is the value too: equal widths take the fused kernel, and the excess
                 # is cut off.
                 query = torch.cat((free, tail), dim=-1)
-                mixed, weights = self._attend_as_rows(query, cached, cached, mask, apart)
+                mixed, weights = self._attend_as_rows(query, cached, cached, mask, turned)
             mixed = mixed[..., :r]
         output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), weight[:, n:])
         if bias is not None:
@@ -252,8 +265,3 @@ def _normalised(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
     """x [B, T, h, d], of each head or of all together, as wide as the norm is."""
     width = norm.weight.numel()
     return norm(x.flatten(2).unflatten(-1, (-1, width))).reshape(x.shape)
-
-
-def _split(x: torch.Tensor | None, size: int, dim: int = 0):
-    """The first `size` entries and those after them."""
-    return (None, None) if x is None else x.split([size, x.shape[dim] - size], dim)

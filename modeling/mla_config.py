@@ -24,8 +24,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
         rope_pairs: For each layer, the index of every rotated component's frequency among the
             source's `head_dim / 2`, repeats allowed. None: component j turns with frequency j.
         rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot:
-            the one rotated key of a layer with d_r above 0, which is then read from the latent, and
-            the keys of all heads, whole, of a layer with d_r = 0.
+            the one rotated key of a layer with d_r above 0, which is then the latent's last d_r
+            dims, and the keys of all heads, whole, of a layer with d_r = 0.
         qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
             have one; keys are then formed when they are read, and rotated whole. The family says
             whether it is of each head by itself.
@@ -57,8 +57,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.norm_all_heads or (self.rope_on_read and self.qk_rope_head_dim):
-            # The norm's mean, or the rotated key's rows of kv_b_proj, are every head's: the
-            # attention is not split.
+            # The norm's mean, or the rotated key within the latent, are every head's: the attention
+            # is not split.
             self.base_model_tp_plan: dict[str, str] | None = {
                 name: split
                 for name, split in (type(self).base_model_tp_plan or {}).items()
@@ -85,7 +85,13 @@ class MLAConfigMixin(ConvertedConfigMixin):
             raise ValueError(f"qk_nope_head_dim={self.qk_nope_head_dim} must not be negative.")
         super()._check_widths()
         for layer_idx in range(self.num_hidden_layers):
-            if self.layer_dims(layer_idx)[1] + self.qk_nope_head_dim == 0:
+            rank, rotated = self.layer_dims(layer_idx)
+            if self.rope_on_read and rotated > rank:
+                raise ValueError(
+                    f"qk_rope_head_dim={rotated} of layer {layer_idx} must not exceed its "
+                    f"kv_lora_rank={rank}: with rope_on_read=True it is a part of it."
+                )
+            if rotated + self.qk_nope_head_dim == 0:
                 raise ValueError(
                     f"Layer {layer_idx} has neither rotated nor position-free key dimensions; "
                     "raise qk_nope_head_dim or qk_rope_head_dim."

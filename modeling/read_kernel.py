@@ -1,8 +1,8 @@
 """Reading a latent that is rotated on read, for one new token, as a Triton kernel.
 
-Nothing is formed in memory: a block of latents is read once; its rotated key is formed, turned and
-used in registers, and the same block is then summed as the value (a flash-decoding pass over the
-cache, 2307.08691, with the key made on the way).
+Nothing is formed in memory: a block of latents is read once; its tail, the rotated key, is turned
+and used in registers, and the same block is then summed as the value (a flash-decoding pass over
+the cache, 2307.08691, with the key turned on the way).
 
 B batch, H query heads, S slots in the cache, r latent width, n rotated pairs.
 """
@@ -32,17 +32,17 @@ if triton is not None:
 
     @triton.jit
     def _read(
-        query, tail, latent, key_weight, key_bias, mask, outer, inner, mixed, top, norm,
+        query, tail, latent, key_bias, mask, outer, inner, mixed, top, norm,
         slots, per_program, scale,
         latent_batch, latent_slot, mask_batch,
         heads: tl.constexpr, rank: tl.constexpr, pairs: tl.constexpr,
         HEADS: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr,
-        BLOCK: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
+        BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         """One share of one sequence's slots: the unnormalised mixture, its largest score and sum.
 
-        query [B, H, r], tail [B, H, 2, n], latent [B, S, r], key_weight [2, n, r],
-        key_bias [2, n], mask [B, S], outer [2, S / STEP, n] and inner [2, STEP, n] cos and sin,
+        query [B, H, r], tail [B, H, 2, n], latent [B, S, r], key_bias [n, 2], mask [B, S],
+        outer [2, S / STEP, n] and inner [2, STEP, n] cos and sin,
         mixed [B, splits, H, r], top and norm [B, splits, H].
         """
         batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -50,13 +50,11 @@ if triton is not None:
         h, d, p = tl.arange(0, HEADS), tl.arange(0, RANK), tl.arange(0, PAIRS)
         of_query = (h[:, None] < heads) & (d[None, :] < rank)
         of_tail = (h[:, None] < heads) & (p[None, :] < pairs)
-        of_weight = (p[:, None] < pairs) & (d[None, :] < rank)
         q = tl.load(query + (batch * heads + h[:, None]) * rank + d[None, :], of_query, 0.0)
         at = tail + (batch * heads + h[:, None]) * 2 * pairs + p[None, :]
         q_real, q_imag = tl.load(at, of_tail, 0.0), tl.load(at + pairs, of_tail, 0.0)
-        at = key_weight + p[:, None] * rank + d[None, :]
-        w_real = tl.load(at, of_weight, 0.0)
-        w_imag = tl.load(at + pairs * rank, of_weight, 0.0)
+        b_real = tl.load(key_bias + 2 * p, p < pairs, 0.0).to(tl.float32)[None, :]
+        b_imag = tl.load(key_bias + 2 * p + 1, p < pairs, 0.0).to(tl.float32)[None, :]
         best = tl.full([HEADS], -float("inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         sums = tl.zeros([HEADS, RANK], tl.float32)
@@ -65,16 +63,13 @@ if triton is not None:
         for start in range(first, tl.minimum(first + per_program, slots), BLOCK):
             s = start + tl.arange(0, BLOCK)
             here = s < slots
-            rows = tl.load(
-                latent + batch * latent_batch + s[:, None] * latent_slot + d[None, :],
-                here[:, None] & (d[None, :] < rank),
-                0.0,
-            )
-            real = tl.dot(rows, tl.trans(w_real), input_precision="ieee")
-            imag = tl.dot(rows, tl.trans(w_imag), input_precision="ieee")
-            if BIASED:
-                real += tl.load(key_bias + p, p < pairs, 0.0).to(tl.float32)[None, :]
-                imag += tl.load(key_bias + pairs + p, p < pairs, 0.0).to(tl.float32)[None, :]
+            row = latent + batch * latent_batch + s[:, None] * latent_slot
+            rows = tl.load(row + d[None, :], here[:, None] & (d[None, :] < rank), 0.0)
+            # The key's parts are in these rows already; to load them again is to read a cache.
+            at = row + rank - 2 * pairs + 2 * p[None, :]
+            of_key = here[:, None] & (p[None, :] < pairs)
+            real = tl.load(at, of_key, 0.0).to(tl.float32) + b_real
+            imag = tl.load(at + 1, of_key, 0.0).to(tl.float32) + b_imag
             # A block lies within one period of the short tables: angle = outer + inner.
             at = outer + (start // STEP) * pairs + p
             cos_o, sin_o = (
@@ -119,8 +114,7 @@ def kernel_read(
     query: torch.Tensor,
     tail: torch.Tensor,
     latent: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor,
     mask: torch.Tensor | None,
     index: torch.Tensor,
     angles: SlotAngles,
@@ -128,12 +122,12 @@ def kernel_read(
 ) -> torch.Tensor:
     """The mixture [B, H, 1, r] of latents [B, 1, S, r] under one query a head.
 
-    A score is (query . c + tail . Rot_s (weight c + bias)) * scaling.
+    A score is (query . c + tail . Rot_s (the last 2n dims of c + bias)) * scaling.
 
     Args:
         query: absorbed, [B, H, 1, r].
-        tail: turned by its own slot, [B, H, 1, 2n], real parts then imaginary parts, as are the
-            rows of `weight` [2n, r] and `bias` [2n].
+        tail: turned by its own slot, [B, H, 1, 2n], real parts then imaginary parts.
+        bias: [2n], the two parts of each pair side by side, as in c.
         mask: boolean or additive, [B, 1, 1, S], or None.
         index: the pairs' frequencies among the angles'.
     """
@@ -155,13 +149,13 @@ def kernel_read(
         latent = latent.contiguous()
     _read[(batch, splits)](
         query.to(latent.dtype).contiguous(), tail.to(latent.dtype).contiguous(), latent,
-        weight.contiguous(), bias, mask, outer.contiguous(), inner.contiguous(), mixed, top, norm,
+        bias.contiguous(), mask, outer.contiguous(), inner.contiguous(), mixed, top, norm,
         slots, per_program, scaling,
         latent.stride(0), latent.stride(1), 0 if mask is None else mask.stride(0),
         heads, rank, pairs,
         max(16, triton.next_power_of_2(heads)), max(16, triton.next_power_of_2(rank)),
         max(16, triton.next_power_of_2(pairs)), BLOCK, angles.STEP,
-        BIASED=bias is not None, MASKED=mask is not None,
+        MASKED=mask is not None,
     )  # fmt: skip
     shares = torch.exp(top - top.amax(1, keepdim=True))[..., None]
     joined = (mixed * shares).sum(1) / (norm[..., None] * shares).sum(1)

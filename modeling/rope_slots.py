@@ -174,14 +174,12 @@ def slot_scores(
 Pairs = Callable[[torch.Tensor], torch.Tensor]
 
 
-def key_pairs(weight: torch.Tensor, bias: torch.Tensor | None) -> Pairs:
-    """Of latents [..., r], the key [..., d_r] that `weight` [d_r, r] and `bias` read, unturned.
+def key_pairs(bias: torch.Tensor) -> Pairs:
+    """Of latents [..., r], the key [..., d_r] that is their tail and `bias` [d_r], unturned.
 
     Each pair's two parts are side by side (`side_by_side`), as complex numbers lie in memory.
     """
-    weight = side_by_side(weight.T).T
-    bias = None if bias is None else side_by_side(bias)
-    return lambda latent: nn.functional.linear(latent, weight, bias)
+    return lambda latent: latent[..., -len(bias) :] + bias
 
 
 def tail_pairs(index: torch.Tensor) -> Pairs:
@@ -230,10 +228,37 @@ def turned_scores(
     batch, heads, length, _ = query.shape
     work = torch.promote_types(latent.dtype, torch.float32)
     query = query.to(work).flatten(1, 2) * scaling
+    if torch.compiler.is_compiling():
+        scores = _fusible_scores(query, pairs(latent).squeeze(1), index, angles)
+        return scores.view(batch, heads, length, -1)
     scores = query.new_empty(batch, heads * length, latent.shape[2])
     for part, turned in _turned_parts(latent, pairs, index, angles):
         scores[..., part] = query @ turned.squeeze(1).mT
     return scores.view(batch, heads, length, -1)
+
+
+def _fusible_scores(
+    query: torch.Tensor, keys: torch.Tensor, index: torch.Tensor, angles: SlotAngles
+) -> torch.Tensor:
+    """Scores [B, N, S] of query [B, N, 2 n] against keys [B, S, 2 n] turned by slot.
+
+    For a compiler, in steps that it makes vector loops of: pair by pair the score is the real part
+    of q* k exp(i a), or (q . k) cos a + (-i q . k) sin a, and only numbers side by side are
+    multiplied. Frequencies are picked by a product, whose short tables a compiler keeps; the sines
+    of an indexed table it would make anew for every number of every layer.
+    """
+    step = 64
+    slots = torch.arange(0, keys.shape[1], step), torch.arange(step)
+    pick = index.repeat_interleave(2) == torch.arange(len(angles.inv_freq))[:, None]  # [f, 2 n]
+    (cos_o, sin_o), (cos_i, sin_i) = (
+        [x @ pick.to(x.dtype) for x in angles.at(part.to(keys.device))] for part in slots
+    )
+    cos_o, sin_o = cos_o[:, None], sin_o[:, None]
+    cos = (cos_o * cos_i - sin_o * sin_i).flatten(0, 1)[: keys.shape[1]]
+    sin = (sin_o * cos_i + cos_o * sin_i).flatten(0, 1)[: keys.shape[1]]
+    real, imag = query.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((imag, -real), dim=-1).flatten(-2)
+    return torch.cat((query, turned), dim=-1) @ torch.cat((keys * cos, keys * sin), dim=-1).mT
 
 
 def _turned_parts(
@@ -254,3 +279,8 @@ def _turned_parts(
 def side_by_side(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2n], real parts then imaginary parts, with the parts of each pair side by side."""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `side_by_side`: real parts, then imaginary parts."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -18,6 +18,7 @@ MLA = {
     "no rotated key": LayerDims(14, 0),
     "whole keys": LayerDims(14, 0, on_read=True),
     "read key": LayerDims(14, 6, on_read=True),
+    "settled": LayerDims(14, 6, on_read=True),
 }
 MFA = {"mfa": MFADims(12, 6), "mfa-kr": MFADims(12, 6, True), "unrotated": MFADims(12, 0)}
 
@@ -33,7 +34,8 @@ def form_of(kind, bias, low):
         return with_shared_queries(form, x, seeded(), share_q_dim=20) if low else form
     dims = MLA[kind]
     form = to_mla(maps, mla_moments(maps, x, seeded(), dims.on_read), dims)
-    return with_low_rank_queries(form, x, seeded(), 20) if low else form
+    form = with_low_rank_queries(form, x, seeded(), 20) if low else form
+    return form.settled(x) if kind == "settled" else form
 
 
 def outputs(form):
@@ -73,15 +75,17 @@ def test_normalised_keys_and_pairs_at_rest_stay_too():
     assert error(outputs(wrong), outputs(normed)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["decoupled", "read key", "mfa", "mfa-kr"])
+@pytest.mark.parametrize("kind", ["decoupled", "read key", "settled", "mfa", "mfa-kr"])
 def test_what_is_made_large_is_read_as_large(kind):
     """Rotated components a thousand times as large as what reads them come to one size."""
     form = form_of(kind, bias=False, low=False)
     turned = 2 * len(form.rope_pairs)
-    made = {"decoupled": "kv_a", "read key": "k_rope"}.get(kind, "k")
+    made = {"decoupled": "kv_a", "settled": "kv_a", "read key": "k_rope"}.get(kind, "k")
 
     def ratio(form):
         rows, queries = getattr(form, made)[-turned:], form.q[:, -turned:]
+        if kind == "settled":
+            rows = torch.cat([rows[0::2], rows[1::2]])
         return paired(size(rows, -1)) / paired(size(queries, (0, 2)))
 
     grow = torch.ones(len(getattr(form, made)), dtype=torch.float64)
@@ -92,13 +96,15 @@ def test_what_is_made_large_is_read_as_large(kind):
     if kind == "mfa-kr":
         eye = torch.eye(form.head_dim).double()
         changed["reuse"] = (eye + form.reuse) / grow - eye
-    if kind == "read key":
+    if kind in ("read key", "settled"):
         changed["k_rope_bias"] = 1000 * form.k_rope_bias
+    if kind == "settled":
+        changed |= {"kv_a_bias": form.kv_a_bias * grow, "kv_b": form.kv_b / grow}
     far = replace(form, **changed)
     assert error(outputs(far), outputs(form)) < 1e-9
     assert ratio(far).min() > 1e4
-    # The latent's own scale follows, for a key that is read from it.
-    low, high = (0.2, 5) if kind == "read key" else (0.999, 1.001)
+    # The latent's own scale follows, for a key that is read from it; values read a settled one too.
+    low, high = (0.2, 5) if kind in ("read key", "settled") else (0.999, 1.001)
     assert ratio(far.balanced()).min() > low and ratio(far.balanced()).max() < high
 
 

@@ -35,11 +35,10 @@ def mla(model):
     rank, nope = attention.kv_lora_rank, config.qk_nope_head_dim
     queries = heads_of(attention.q_proj.weight, config.num_attention_heads)
     down = attention.kv_a_proj_with_mqa.weight.detach().double()
-    pairs, read = attention.kv_b_proj.weight.detach().double().tensor_split([attention.pair_dim])
-    up = heads_of(pairs, config.num_key_value_heads)
+    up = heads_of(attention.kv_b_proj.weight, config.num_key_value_heads)
     rotated = down[rank:]
-    if config.rope_on_read:
-        rotated = read @ down
+    if attention.reads_rope:
+        rotated = down[rank - attention.qk_rope_head_dim :]
     keys = [torch.cat([part[:nope] @ down[:rank], rotated]) for part in up]
     return [(q, keys[h // (len(queries) // len(keys))]) for h, q in enumerate(queries)]
 

@@ -393,6 +393,7 @@ def test_model_class_computes_what_the_maps_say(form, rope_type, q_lora_rank):
     if q_lora_rank:
         mla = with_low_rank_queries(mla, x, seeded(), q_lora_rank)
     wanted = outputs(mla.expand(), x)
+    mla = mla.settled(x).balanced()
 
     config_class, _, causal_lm = MLA_CLASSES["qwen2"]
     model = causal_lm(
@@ -420,6 +421,45 @@ def test_model_class_computes_what_the_maps_say(form, rope_type, q_lora_rank):
     if factor != 1 and form not in ("whole keys", "decoupled, all rotated"):
         assert distance(1.0) > 1e-3
         assert distance(factor) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["whole keys", "read key"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [6, 13])
+def test_a_settled_layer_is_the_same(kind, bias, rank):
+    """Also where the key is all of the latent, and on other inputs than it was settled with."""
+    maps, x = layers.maps(bias=bias), layers.inputs() + 3.0
+    mla = to_mla(maps, moments_of(maps, x, kind), dims_of(kind, rank, 6))
+    found, other = mla.settled(x), layers.inputs(seed=8)
+    assert error(outputs(found.expand(), other), outputs(mla.expand(), other)) < 1e-10
+    latents = x.double() @ found.kv_a.mT + found.kv_a_bias
+    assert latents.mean((0, 1)).abs().max() < 1e-10
+    if kind == "read key":
+        # The key is read by a slice; one of another order of its parts would be seen.
+        assert found.k_rope is None
+        assert found.k_rope_bias.shape == (6,)
+        twin = replace(found, kv_a=found.kv_a.clone())
+        twin.kv_a[-2:] = found.kv_a[[-1, -2]]
+        assert error(outputs(twin.expand(), other), outputs(mla.expand(), other)) > 1e-2
+        free, key = latents.flatten(0, 1).split([rank - 6, 6], dim=1)
+        together = free.mT @ key / (free.square().sum(0)[:, None] * key.square().sum(0)).sqrt()
+        assert not together.numel() or together.abs().max() < 0.05
+        with pytest.raises(ValueError, match="settled"):
+            mla.state_dict()
+
+
+def test_a_key_that_does_not_vary_still_leaves_room_for_values():
+    """A direction that no key has gets a little of it, and the values are as they were."""
+    maps, x = layers.maps(), layers.inputs()
+    mla = to_mla(maps, moments_of(maps, x, "read key"), LayerDims(6, 6, on_read=True))
+    for k_rope in (torch.zeros_like(mla.k_rope), mla.k_rope[:1].expand(6, -1).clone()):
+        flat = replace(mla, k_rope=k_rope)
+        found = flat.settled(x)
+        assert found.kv_b.isfinite().all()
+        values = (found.kv_b @ found.kv_a)[:, -8:]
+        assert error(values, (flat.kv_b @ flat.kv_a)[:, -8:]) < 1e-9
+        # What it gets changes the key, by little even where all else of it is one direction.
+        assert error(outputs(found.expand(), x), outputs(flat.expand(), x)) < 0.05
 
 
 def test_biases_are_named_as_in_the_config():

@@ -38,10 +38,12 @@ def naive(
     q = f.q_proj(x) if c.q_lora_rank is None else f.q_b_proj(f.q_a_proj(x))
     q = q.view(len(x), heads, -1)
     a = f.kv_a_proj_with_mqa(x)
-    b = f.kv_b_proj(a[:, :r])
-    b, key = b[:, : groups * (n + v)].view(len(x), groups, n + v), b[:, groups * (n + v) :]
+    b = f.kv_b_proj(a[:, :r]).view(len(x), groups, n + v)
     whole = c.rope_on_read and not f.qk_rope_head_dim
-    key = key if c.rope_on_read else a[:, r:]
+    key = a[:, r:]
+    if f.reads_rope:
+        key = a[:, r - f.qk_rope_head_dim :] + f.k_rope_bias
+        key = torch.cat((key[:, 0::2], key[:, 1::2]), dim=1)
     shared = inv_freq if whole else inv_freq[c.layer_rope_pairs(f.layer_idx)]
     if twist == "frequency":
         shared = shared.roll(1) if whole else inv_freq[: len(shared)].flip(0)
@@ -373,6 +375,10 @@ def test_changed_weights_are_seen_by_the_next_step(ids):
         (
             dict(rope_on_read=True, qk_rope_head_dim=0, rope_pairs=None),
             "qk_nope_head_dim=10 to be the source's head_dim=8",
+        ),
+        (
+            dict(rope_on_read=True, kv_lora_rank=4, qk_nope_head_dim=8),
+            "qk_rope_head_dim=6 of layer 0 must not exceed its kv_lora_rank=4",
         ),
         (
             dict(

@@ -5,13 +5,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from rehead.converters.budget import Budget
 from rehead.converters.errors import InputError
 from rehead.converters.plan import LayerDims, parse_budget, spend, split_width
 from rehead.converters.recipe import Recipe
+from rehead.converters.targets import target_of
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,18 @@ def test_explicit_dims_override_the_budget():
     assert budget(share=1.0, kv_lora_rank=4).fixed == [LayerDims(4, 16)] * 3
 
 
+@pytest.mark.parametrize("width", [1, 3, 8, 15, 32])
+def test_a_key_that_is_read_is_no_wider_than_the_latent(width):
+    recipe = Recipe("", "mla", "on-read", 0.5, calibration="", samples=0, heal=0, seed=0)
+    target = target_of(LlamaConfig(**tiny.BASE), recipe)
+    for share in (*target.splits, 0.99):
+        dims = target.dims(width, share)
+        rotated = 2 * round(share * 16 / 2)
+        assert dims.kv_lora_rank == width
+        assert dims.qk_rope_head_dim == min(rotated, width // 2 * 2)
+    assert target.dims(width, 1.0).qk_rope_head_dim == 0  # every key whole
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -217,6 +232,10 @@ def test_explicit_dims_override_the_budget():
         (dict(kv_lora_rank=27, qk_rope_head_dim=6), "kv_lora_rank=27 with qk_rope_head_dim=6.*26"),
         (dict(qk_rope_head_dim=16), "kv_lora_rank=0 with qk_rope_head_dim=16"),
         (dict(rope="on-read", kv_lora_rank=0), "kv_lora_rank=0"),
+        (
+            dict(rope="on-read", kv_lora_rank=5, qk_rope_head_dim=6),
+            "at most kv_lora_rank=5.*latent",
+        ),
         (dict(share=0.05), "--kv-budget 5.00% leaves 1 of the 32 numbers.*Give a larger one"),
         (dict(rope="on-read", share=0.02), "--kv-budget 2.00% leaves 0 of the 32"),
     ],

@@ -128,6 +128,7 @@ def layer_of(model, asked, budget, seed, bias):
     dims = target.fixed[0] if target.fixed else target.dims(target.width, target.splits[0])
     form = target.builder(maps, moments)(dims)
     form = target.finish(form, x, output_error(form, seen).relative, generator)
+    form = target.settled(form, x)
     return Drawn(target, recipe, maps, seen, form, dims, factor)
 
 

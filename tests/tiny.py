@@ -182,7 +182,7 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
     On read: the latent is [all keys; all values] before rotation, and `kv_b_proj` picks a head's.
     Decoupled: every pair of every KV head keeps RoPE in the shared key, the latent is all values,
     and a query head is zero outside its own KV head's pairs. With the rotated key read, the same
-    key comes from the latent of on read, and no head has a position-free one.
+    key is the latent's tail, and no head has a position-free one.
     """
     old = model.config
     heads, groups, dim = old.num_attention_heads, old.num_key_value_heads, BASE["head_dim"]
@@ -206,26 +206,28 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
         )
     ).eval()
     state = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k}
+    read = on_read and shared
     for i, layer in enumerate(model.model.layers):
         a, at = layer.self_attn, f"model.layers.{i}.self_attn"
         state[f"{at}.o_proj.weight"] = a.o_proj.weight
+        if read:
+            state[f"{at}.k_rope_bias"] = torch.zeros(width)
         for kind in ("weight", "bias") if with_bias else ("weight",):
             q, k, v = (getattr(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj))
             if shared:  # [all real parts | all imaginary parts]
                 k, q = side_by_side(k, groups), spread(q, heads, groups)
-                if on_read:
+                if read:  # and the parts of every pair side by side
+                    k = k.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
                     q = torch.cat((q.new_zeros(heads, dim, *q.shape[2:]), q), dim=1)
                 q = q.flatten(0, 1)
             state[f"{at}.q_proj.{kind}"] = q
-            state[f"{at}.kv_a_proj_with_mqa.{kind}"] = torch.cat((k, v) if on_read else (v, k))
+            state[f"{at}.kv_a_proj_with_mqa.{kind}"] = torch.cat((v, k) if shared else (k, v))
         eye = torch.eye(width).view(groups, dim, width)
         if on_read:
             nothing = torch.zeros_like(eye)
             key = torch.cat((nothing if shared else eye, nothing), -1)
-            rows = torch.cat((key, torch.cat((nothing, eye), -1)), dim=1).flatten(0, 1)
-            state[f"{at}.kv_b_proj.weight"] = (
-                torch.cat((rows, torch.eye(width, 2 * width))) if shared else rows
-            )
+            value = torch.cat((eye, nothing) if shared else (nothing, eye), -1)
+            state[f"{at}.kv_b_proj.weight"] = torch.cat((key, value), dim=1).flatten(0, 1)
         else:
             state[f"{at}.kv_b_proj.weight"] = eye.flatten(0, 1)
     new.load_state_dict(state)
