@@ -459,6 +459,9 @@ def test_what_inspect_recommends_can_be_had(family, saved):
 
 UNSUPPORTED = [
     ("mistral", dict(sliding_window=0), "slides a window of 0 tokens"),
+    ("llama", dict(sliding_window=[]), r"slides a window of \[\] tokens"),
+    ("llama", dict(sliding_window=1.5), "slides a window of 1.5 tokens"),
+    ("llama", dict(sliding_window=2**63), f"slides a window of {2**63} tokens"),
     ("qwen2", dict(layer_types=["full_attention", "chunked_attention"]), "chunked_attention"),
     ("stablelm", dict(qk_layernorm=True), "qk_layernorm"),
     ("phi", dict(qk_layernorm=True), "qk_layernorm"),

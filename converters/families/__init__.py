@@ -35,7 +35,8 @@ def _layers(config: PretrainedConfig) -> str | None:
         return f"has {config.num_hidden_layers} layers and {len(kinds)} layer_types"
     size = getattr(config, "sliding_window", None)
     used = "sliding_attention" in kinds or (size is not None and not kinds)
-    return f"slides a window of {size} tokens" if used and (size is None or size < 1) else None
+    whole = isinstance(size, int) and not isinstance(size, bool) and 1 <= size < 2**31
+    return f"slides a window of {size!r:.80} tokens" if used and not whole else None
 
 
 def _any(**reasons: str) -> Callable[[PretrainedConfig], str | None]:
