@@ -19,12 +19,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import track
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,6 +87,8 @@ def run(
             for kind, step in steps.items():
                 taken, memory[kind] = _decode(models[kind], step, batch, context, static)
                 times[kind] += taken
+        for kind, step in steps.items():
+            memory[kind]["tensors_mb"] = _tensors(models[kind], step, batch, context, static)
         for kind in models:
             row = {
                 "model": model,
@@ -167,6 +171,25 @@ def _decode(
     peak = _peak()
     used = None if before is None or peak is None else round((peak - before) / 1e6, 1)
     return times, {"cache_mb": round(size / 1e6, 1), "peak_mb": used}
+
+
+@torch.no_grad()
+def _tensors(model: Any, step: Callable[..., Any], batch: int, context: int, static: bool) -> float:
+    """Megabytes that the cache and all else a step makes take at most, without the allocator's."""
+    token = torch.zeros(batch, 1, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        cache = _filled(model, batch, context, static)
+        with record_function("steps"):
+            for _ in range(2):
+                step(input_ids=token, past_key_values=cache, use_cache=True)
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    begun = next(event.start_ns() for event in events if event.name() == "steps")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    held = accumulate(nbytes for _, nbytes in changes)
+    steps = (size for (at, _), size in zip(changes, held, strict=True) if at >= begun)
+    return round(max(steps) / 1e6, 1)
 
 
 def _filled(model: Any, batch: int, context: int, static: bool) -> Any:

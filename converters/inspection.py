@@ -92,7 +92,7 @@ def _offer(config: PretrainedConfig, form: str, rope: str, share: float) -> Offe
 def _mean_dims(target: Target) -> Any:
     if target.fixed is not None:
         return target.fixed[0]
-    return target.dims(target.width, sorted(target.splits)[len(target.splits) // 2])
+    return target.dims(target.width, sorted(target.splits)[(len(target.splits) - 1) // 2])
 
 
 def _config(target: Target, dims: dict[str, int]) -> PretrainedConfig:

@@ -45,6 +45,8 @@ from .rope_split import (
 # its place. Values read from it would else be rounding: SmolLM2 at 25% (KL 0.212 to the source) is
 # moved by 6e-5 in float32 and 3e-3 in bfloat16 by a hundredth, by 1e-7 and 3e-2 by a thousandth.
 LEAST_KEY = 1e-2
+# Of the rotated key's mean energy: what each of its pairs is taken to have at least.
+LEAST_PAIR = 1e-6
 # Of the latent's mean energy: what each of its directions is taken to have at least.
 LEAST_ENERGY = 1e-3
 
@@ -159,18 +161,53 @@ class MLA:
         centred = replace(self, kv_a_bias=-mean, kv_b_bias=kv_b_bias)
         if self.k_rope is None:
             return centred
-        order = _side_by_side(len(self.k_rope))
-        k_rope_bias = self.k_rope @ centre
-        if self.k_rope_bias is not None:
-            k_rope_bias = k_rope_bias + self.k_rope_bias
-        there, back = _with_key_last(self.k_rope[order], latents - mean)
+        mla, n = centred._with_even_pairs(latents - mean), len(self.k_rope)
+        order = _side_by_side(n)
+        assert mla.k_rope is not None
+        k_rope_bias = mla.k_rope @ centre
+        if mla.k_rope_bias is not None:
+            k_rope_bias = k_rope_bias + mla.k_rope_bias
+        there, back = _with_key_last(mla.k_rope[order], latents - mean)
         return replace(
-            centred,
+            mla,
             kv_a=there @ self.kv_a,
             kv_a_bias=there @ -mean,
             kv_b=self.kv_b @ back,
             k_rope=None,
             k_rope_bias=k_rope_bias[order],
+        )
+
+    def _with_even_pairs(self, latents: Float[Tensor, "T r"]) -> "MLA":
+        """The same layer, where the rotated key's pairs of one frequency are white.
+
+        Such pairs turn alike, so that a complex matrix of the key's is undone by the queries'.
+
+        Args:
+            latents: of mean 0.
+        """
+        key = self.k_rope
+        assert key is not None
+        n = len(self.rope_pairs)
+        made = torch.complex(*key.double().split(n)) @ latents.double().mT.to(torch.cdouble)
+        moment = made @ made.mH / len(latents)
+        pairs = torch.tensor(self.rope_pairs)
+        moment = moment.where(pairs[:, None] == pairs, 0)
+        mean = moment.diagonal().real.mean()
+        moment.diagonal().add_(LEAST_PAIR * mean.where(mean > 0, 1))
+        root = torch.linalg.cholesky(moment)
+        white = _on_parts(torch.linalg.inv(root)).to(key)
+        nope = self.qk_nope_head_dim
+
+        def read(rows: Float[Tensor, "H Q ..."]) -> Float[Tensor, "H Q ..."]:
+            turned = torch.tensordot(rows[:, nope:], _on_parts(root).to(rows), ([1], [0]))
+            return torch.cat([rows[:, :nope], turned.movedim(-1, 1)], dim=1)
+
+        return replace(
+            self,
+            q=read(self.q),
+            q_bias=None if self.q_bias is None else read(self.q_bias),
+            k_rope=white @ key,
+            k_rope_bias=None if self.k_rope_bias is None else white @ self.k_rope_bias,
         )
 
     def balanced(self) -> "MLA":
@@ -562,6 +599,12 @@ def _with_key_last(
     there = torch.linalg.solve_triangular(root, white, upper=False, left=False)
     back = root @ torch.cat([right[count:].mT, right[:count].mT / sizes @ left.mT], dim=1)
     return there.to(key), back.to(key)
+
+
+def _on_parts(matrix: Tensor) -> Float[Tensor, "2*n 2*n"]:
+    """What a complex matrix [n, n] does to [real parts | imaginary parts]."""
+    real, imag = matrix.real, matrix.imag
+    return torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)])
 
 
 def _side_by_side(count: int) -> Tensor:

@@ -17,7 +17,7 @@ WIDTH_STEP = 4
 TRIED_SPLITS = (0.2, 0.3, 0.45)
 # On-read, shares of the keys' width that may be rotated; they cost no cache but time to read. The
 # least is taken that keeps the error within the margin of that with every key rotated.
-READ_SPLITS = (1 / 4, 1 / 3, 1 / 2)
+READ_SPLITS = (1 / 4, 1 / 3, 1 / 2, 2 / 3)
 READ_MARGIN = 1.1
 
 

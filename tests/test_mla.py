@@ -15,6 +15,7 @@ from rehead.converters.families import family_of
 from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import AttentionMaps, project, reference_attention
 from rehead.converters.mla import (
+    MLA,
     decoupled_mla,
     mla_builder,
     mla_moments,
@@ -446,6 +447,27 @@ def test_a_settled_layer_is_the_same(kind, bias, rank):
         assert not together.numel() or together.abs().max() < 0.05
         with pytest.raises(ValueError, match="settled"):
             mla.state_dict()
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_small_and_similar_pairs_of_the_key_lose_nothing(alike, monkeypatch):
+    """One far smaller than the others, and two of one frequency that are almost the same."""
+    maps, x = layers.maps(), layers.inputs()
+    mla = to_mla(maps, moments_of(maps, x, "read key"), LayerDims(13, 6, on_read=True))
+    pairs = (0, 0, 1) if alike else mla.rope_pairs
+    mixed = torch.eye(3).double()
+    mixed[1] = torch.tensor([1.0 if alike else 0.0, 1e-4, 0.0])
+    read = torch.block_diag(torch.eye(mla.qk_nope_head_dim).double(), *[mixed.inverse().mT] * 2)
+    key = torch.block_diag(mixed, mixed)
+    before = replace(mla, rope_pairs=pairs)
+    odd = replace(
+        before, q=read @ mla.q, k_rope=key @ mla.k_rope, k_rope_bias=key @ mla.k_rope_bias
+    )
+    wanted = outputs(before.expand(), x)
+    assert error(outputs(odd.expand(), x), wanted) < 1e-10
+    assert error(outputs(odd.settled(x).expand(), x), wanted) < 1e-10
+    monkeypatch.setattr(MLA, "_with_even_pairs", lambda mla, latents: mla)
+    assert error(outputs(odd.settled(x).expand(), x), wanted) > 1e-3
 
 
 def test_a_key_that_does_not_vary_still_leaves_room_for_values():
