@@ -93,7 +93,8 @@ class WeightedSVD:
             u, s, vh = torch.linalg.svd(root @ seen, full_matrices=False)
             u, vh = fix_signs(u, vh)
             return Factors(up=inverse @ u * s, down=vh @ self.right_inverse, energy=s.square())
-        energy, v = torch.linalg.eigh(seen.mT @ self.left @ seen)
+        weighted = seen.mT @ self.left @ seen
+        energy, v = torch.linalg.eigh((weighted + weighted.mT) / 2)  # a rounded moment is not even
         v, vh = fix_signs(v.flip(1), v.flip(1).mT)
         return Factors(seen @ v, vh @ self.right_inverse, energy.flip(0).clamp_min(0))
 

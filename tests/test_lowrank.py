@@ -110,6 +110,16 @@ def test_directions_that_are_never_seen_cost_no_rank():
     )
 
 
+@pytest.mark.parametrize("rows", [9, 20])
+def test_a_moment_rounded_unevenly_costs_no_rank(rows):
+    """As float32 products leave it: the two halves of it differ. Of rank 6, the first 6 are all."""
+    weight = draw(rows, 6) @ draw(6, 10, seed=1)
+    left, right = moment(rows, seed=2), moment(10, seed=3, spread=2.0)
+    uneven = left + 1e-7 * draw(rows, rows, seed=4)
+    off = (truncated(weighted_svd(weight, uneven, right), 6) - weight).abs().max()
+    assert off < 1e-9
+
+
 def test_no_data_at_all_is_the_plain_svd():
     weight = draw(5, 7)
     factors = weighted_svd(weight, torch.zeros(5, 5).double(), torch.zeros(7, 7).double())
