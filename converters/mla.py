@@ -42,8 +42,8 @@ from .rope_split import (
 )
 
 # Of the largest: what a direction of the latent is given in the key at least, where the key takes
-# its place. Values read from it would else be rounding: SmolLM2 at 25% (KL 0.212 to the source) is
-# moved by 6e-5 in float32 and 3e-3 in bfloat16 by a hundredth, by 1e-7 and 3e-2 by a thousandth.
+# its place. Values read from it would else be rounding: SmolLM2 at 12.5% (KL 0.314 to the source)
+# is moved by 9e-5 in float32 and 7e-3 in bfloat16 by a hundredth, by 8e-8 and 7e-2 by a thousandth.
 LEAST_KEY = 1e-2
 # Of the rotated key's mean energy: what each of its pairs is taken to have at least.
 LEAST_PAIR = 1e-6
@@ -161,13 +161,14 @@ class MLA:
         centred = replace(self, kv_a_bias=-mean, kv_b_bias=kv_b_bias)
         if self.k_rope is None:
             return centred
-        mla, n = centred._with_even_pairs(latents - mean), len(self.k_rope)
-        order = _side_by_side(n)
+        latents = (latents - mean).double()
+        moment = latents.mT @ latents / len(latents)
+        mla, order = centred._with_even_pairs(moment), _side_by_side(len(self.k_rope))
         assert mla.k_rope is not None
         k_rope_bias = mla.k_rope @ centre
         if mla.k_rope_bias is not None:
             k_rope_bias = k_rope_bias + mla.k_rope_bias
-        there, back = _with_key_last(mla.k_rope[order], latents - mean)
+        there, back = _with_key_last(mla.k_rope[order], moment)
         return replace(
             mla,
             kv_a=there @ self.kv_a,
@@ -177,20 +178,19 @@ class MLA:
             k_rope_bias=k_rope_bias[order],
         )
 
-    def _with_even_pairs(self, latents: Float[Tensor, "T r"]) -> "MLA":
+    def _with_even_pairs(self, latents: Float[Tensor, "r r"]) -> "MLA":
         """The same layer, where the rotated key's pairs of one frequency are white.
 
         Such pairs turn alike, so that a complex matrix of the key's is undone by the queries'.
 
         Args:
-            latents: of mean 0.
+            latents: their covariance.
         """
         key = self.k_rope
         assert key is not None
-        n = len(self.rope_pairs)
-        made = torch.complex(*key.double().split(n)) @ latents.double().mT.to(torch.cdouble)
-        moment = made @ made.mH / len(latents)
-        pairs = torch.tensor(self.rope_pairs)
+        parts = torch.complex(*key.double().chunk(2))
+        pairs = torch.tensor(self.rope_pairs, device=key.device)
+        moment = parts @ latents.to(parts) @ parts.mH
         moment = moment.where(pairs[:, None] == pairs, 0)
         mean = moment.diagonal().real.mean()
         moment.diagonal().add_(LEAST_PAIR * mean.where(mean > 0, 1))
@@ -581,16 +581,18 @@ def _rows(tensor: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:
 
 
 def _with_key_last(
-    key: Float[Tensor, "R r"], latents: Float[Tensor, "T r"]
+    key: Float[Tensor, "R r"], latents: Float[Tensor, "r r"]
 ) -> tuple[Float[Tensor, "r r"], Float[Tensor, "r r"]]:
     """A basis of the latent whose last dims are the key, and its inverse.
 
     The other dims are uncorrelated with the key, and of unit energy.
+
+    Args:
+        latents: their covariance.
     """
-    moment = latents.double().mT @ latents.double() / len(latents)
-    mean = moment.diagonal().mean()
-    moment.diagonal().add_(LEAST_ENERGY * mean.where(mean > 0, 1))
-    root = torch.linalg.cholesky(moment)
+    mean = latents.diagonal().mean()
+    least = LEAST_ENERGY * mean.where(mean > 0, 1) * torch.eye(len(latents)).to(latents)
+    root = torch.linalg.cholesky(latents + least)
     left, sizes, right = torch.linalg.svd(key.double() @ root)  # of a latent of unit covariance
     largest = sizes.max()
     sizes = sizes.clamp_min(LEAST_KEY * largest.where(largest > 0, 1))
