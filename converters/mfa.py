@@ -35,7 +35,7 @@ from .rope_split import RopeSplit, half_layout, output_bias, rope_components, sp
 QUERY_SHARE = 0.02
 ROUNDING = 1e-8
 # Of MFA-KR's regressions, as a share of the mean energy of what they read.
-RIDGE = 1e-6
+RIDGE = 1e-4
 
 
 @dataclass(frozen=True)

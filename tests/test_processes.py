@@ -121,7 +121,8 @@ def test_an_interrupted_run_goes_on_with_any_number_of_processes(inputs, tmp_pat
     killed = run([*LAUNCH[:-2], tmp_path / "killed.py"], inputs, tmp_path / "out", *options)
     assert killed.returncode != 0 and not (tmp_path / "out").exists()
     work = tmp_path / ".out.work"
-    assert len(list(work.glob("fitted-*.pt"))) >= 1 and len(list(work.glob("moments-*.pt"))) == 3
+    assert len(list(work.glob("fitted-*.pt"))) >= 1, killed.stderr
+    assert len(list(work.glob("moments-*.pt"))) == 3
     assert run(ALONE, inputs, tmp_path / "out", *options, "--resume").returncode == 0
     resumed = bytes_of(tmp_path / "out")
     assert run(ALONE, inputs, tmp_path / "out", *options, "--force").returncode == 0
