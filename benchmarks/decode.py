@@ -8,7 +8,7 @@
 The weights are random, in the shapes a conversion to the budget has: time does not depend on their
 values. Nor does it on the cache's, so that is filled instead of computed. All models of one row
 are timed in turns, in one process; read their ratios. `stock` is transformers' own dense MLA class
-with the same widths.
+with the same widths. A kind may be a converted model's folder too, for its own dims.
 """
 
 import ctypes
@@ -108,9 +108,11 @@ def run(
 
 
 def _config(source: PretrainedConfig, kind: str, budget: float) -> PretrainedConfig:
-    """The source's config, or that of its conversion to the kind with the same dims everywhere."""
+    """The source's config, a folder's, or that of a conversion with the same dims everywhere."""
     if kind == "original":
         return source
+    if Path(kind).is_dir():
+        return AutoConfig.from_pretrained(kind)
     form = {"decoupled": "mla", "on-read": "mla", "stock": "mla"}.get(kind, kind)
     rope = "on-read" if kind == "on-read" else "decoupled"
     offer = next(o for o in offers(source, [budget / 100]) if (o.form, o.rope) == (form, rope))

@@ -162,13 +162,13 @@ class MLA:
         if self.k_rope is None:
             return centred
         latents = (latents - mean).double()
-        moment = latents.mT @ latents / len(latents)
-        mla, order = centred._with_even_pairs(moment), _side_by_side(len(self.k_rope))
+        covariance = latents.mT @ latents / len(latents)
+        mla, order = centred._with_white_pairs(covariance), _side_by_side(len(self.k_rope))
         assert mla.k_rope is not None
         k_rope_bias = mla.k_rope @ centre
         if mla.k_rope_bias is not None:
             k_rope_bias = k_rope_bias + mla.k_rope_bias
-        there, back = _with_key_last(mla.k_rope[order], moment)
+        there, back = _with_key_last(mla.k_rope[order], covariance)
         return replace(
             mla,
             kv_a=there @ self.kv_a,
@@ -178,19 +178,19 @@ class MLA:
             k_rope_bias=k_rope_bias[order],
         )
 
-    def _with_even_pairs(self, latents: Float[Tensor, "r r"]) -> "MLA":
+    def _with_white_pairs(self, covariance: Float[Tensor, "r r"]) -> "MLA":
         """The same layer, where the rotated key's pairs of one frequency are white.
 
         Such pairs turn alike, so that a complex matrix of the key's is undone by the queries'.
 
         Args:
-            latents: their covariance.
+            covariance: of the latents.
         """
         key = self.k_rope
         assert key is not None
         parts = torch.complex(*key.double().chunk(2))
         pairs = torch.tensor(self.rope_pairs, device=key.device)
-        moment = parts @ latents.to(parts) @ parts.mH
+        moment = parts @ covariance.to(parts) @ parts.mH
         moment = moment.where(pairs[:, None] == pairs, 0)
         mean = moment.diagonal().real.mean()
         moment.diagonal().add_(LEAST_PAIR * mean.where(mean > 0, 1))
@@ -581,18 +581,18 @@ def _rows(tensor: Tensor | None, rows: slice, dim: int = 0) -> Tensor | None:
 
 
 def _with_key_last(
-    key: Float[Tensor, "R r"], latents: Float[Tensor, "r r"]
+    key: Float[Tensor, "R r"], covariance: Float[Tensor, "r r"]
 ) -> tuple[Float[Tensor, "r r"], Float[Tensor, "r r"]]:
     """A basis of the latent whose last dims are the key, and its inverse.
 
     The other dims are uncorrelated with the key, and of unit energy.
 
     Args:
-        latents: their covariance.
+        covariance: of the latents.
     """
-    mean = latents.diagonal().mean()
-    least = LEAST_ENERGY * mean.where(mean > 0, 1) * torch.eye(len(latents)).to(latents)
-    root = torch.linalg.cholesky(latents + least)
+    mean = covariance.diagonal().mean()
+    least = LEAST_ENERGY * mean.where(mean > 0, 1) * torch.eye(len(covariance)).to(covariance)
+    root = torch.linalg.cholesky(covariance + least)
     left, sizes, right = torch.linalg.svd(key.double() @ root)  # of a latent of unit covariance
     largest = sizes.max()
     sizes = sizes.clamp_min(LEAST_KEY * largest.where(largest > 0, 1))

@@ -466,7 +466,7 @@ def test_small_and_similar_pairs_of_the_key_lose_nothing(alike, monkeypatch):
     wanted = outputs(before.expand(), x)
     assert error(outputs(odd.expand(), x), wanted) < 1e-10
     assert error(outputs(odd.settled(x).expand(), x), wanted) < 1e-10
-    monkeypatch.setattr(MLA, "_with_even_pairs", lambda mla, latents: mla)
+    monkeypatch.setattr(MLA, "_with_white_pairs", lambda mla, covariance: mla)
     assert error(outputs(odd.settled(x).expand(), x), wanted) > 1e-3
 
 
