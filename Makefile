@@ -35,7 +35,7 @@ browser:
 
 matrix: browser
 	for python in $(PYTHONS); do \
-		command -v $$python || { echo "$$python is not here: left out"; continue; }; \
+		$$python --version || { echo "$$python is not here: left out"; continue; }; \
 		for version in $(TRANSFORMERS); do \
 			place=build/matrix/$$python-$$version; echo "== $$place"; \
 			$$python -m venv $$place || exit 1; \

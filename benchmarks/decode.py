@@ -4,6 +4,7 @@
     python benchmarks/decode.py run mha-32x64 --name mha-32x64 --budget 12.5 --batches 8
     python benchmarks/decode.py table smollm2
     python benchmarks/decode.py plot smollm2 --output decode.png
+    python benchmarks/decode.py floor mha-32x64 --budget 12.5 --contexts 4096
 
 The weights are random, in the shapes a conversion to the budget has: time does not depend on their
 values. Nor does it on the cache's, so that is filled instead of computed. All models of one row
@@ -105,6 +106,79 @@ def run(
             }
             _keep(name, row)
             print(json.dumps(row), flush=True)
+
+
+# Which operations a step's parts are; all else it does, Python's part included, is `other`.
+PARTS = {
+    "weights": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::bmm"),
+    "cache": ("aten::cat",),  # which copies a layer's to append to it
+}
+
+
+@app.command()
+def floor(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or mha-32x64.")],
+    budget: Annotated[float, typer.Option(help="Per cent of the cache.")] = 25,
+    kinds: str = "original,decoupled,on-read,mfa,mfa-kr",
+    contexts: str = "1024,4096,16384",
+    batches: str = "1",
+) -> None:
+    """Prints a step's time in float32, its parts', and what reading weights and cache would take.
+
+    The last is their bytes at the rate at which this machine sums a gigabyte. The parts are those
+    of steps under the profiler, which take a little longer.
+    """
+    source = SYNTHETIC.get(model) or AutoConfig.from_pretrained(model)
+    rate = _bytes_a_second()
+    names = ("step", *PARTS, "other", "reading")
+    print(f"{rate / 1e9:.1f} GB/s, {_machine()}, milliseconds")
+    print("| kind | batch | context | " + " | ".join(names) + " | step over it |")
+    print("|---|---|---|" + "---|" * (len(names) + 1))
+    for kind in kinds.split(","):
+        torch.manual_seed(0)
+        built = _build(_config(source, kind, budget), "float32")
+        # Every weight but the embedding's, of which a token reads a row.
+        tied = built.config.tie_word_embeddings
+        unread = 0 if tied else built.get_input_embeddings().weight.nbytes
+        weights = sum(weight.nbytes for weight in built.parameters()) - unread
+        for batch in map(int, batches.split(",")):
+            for context in map(int, contexts.split(",")):
+                taken, memory = _decode(built, built, batch, context, False)
+                parts = _parts(built, batch, context)
+                step = 1e3 * statistics.median(taken)
+                read = 1e3 * (weights + 1e6 * (memory["cache_mb"] or 0)) / rate
+                times = [step, *parts.values(), read]
+                cells = [kind, str(batch), str(context), *(f"{x:.1f}" for x in times)]
+                print("| " + " | ".join([*cells, f"{step / read:.1f}"]) + " |", flush=True)
+
+
+def _bytes_a_second() -> float:
+    numbers, times = torch.randn(2**28), []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - start)
+    return numbers.nbytes / min(times)
+
+
+@torch.no_grad()
+def _parts(model: Any, batch: int, context: int) -> dict[str, float]:
+    """Milliseconds of a step's operations, by part."""
+    cache = _filled(model, batch, context, False)
+    token = torch.zeros(batch, 1, dtype=torch.long)
+    for _ in range(WARM_UP):
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        taken = 1e3 * (time.perf_counter() - start) / STEPS
+    spent = {
+        event.key: event.self_cpu_time_total / 1e3 / STEPS for event in profiled.key_averages()
+    }
+    parts = {part: sum(spent.get(name, 0.0) for name in names) for part, names in PARTS.items()}
+    return parts | {"other": taken - sum(parts.values())}
 
 
 def _config(source: PretrainedConfig, kind: str, budget: float) -> PretrainedConfig:

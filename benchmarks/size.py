@@ -1,6 +1,7 @@
 """What a conversion takes at size: time a layer by its parts, memory and disk.
 
     python benchmarks/size.py write DIR --layers 32     # Llama-2-7B's shapes, 13.5 GB
+    python benchmarks/size.py write DIR --layers 1 --shapes llama-3-70b
     python benchmarks/size.py run DIR --name llama-2-7b --budget 12.5
     python benchmarks/size.py table
 
@@ -27,15 +28,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 RESULTS = Path(__file__).parent / "results" / "size.json"
-LLAMA_2_7B = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-    dtype="float16",
-)
+SHAPES = {
+    "llama-2-7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "llama-3-70b": dict(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -46,10 +56,13 @@ def write(
     folder: Path,
     layers: int = 32,
     seed: int = 0,
+    shapes: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "llama-2-7b",
 ) -> None:
-    """A checkpoint of Llama-2-7B's shapes with that many layers."""
+    """A checkpoint of a known model's shapes with that many layers."""
+    if shapes not in SHAPES:
+        raise typer.BadParameter(f"{shapes} is none of {', '.join(SHAPES)}.")
     folder.mkdir(parents=True)
-    config = LlamaConfig(num_hidden_layers=layers, **LLAMA_2_7B)  # type: ignore[arg-type]
+    config = LlamaConfig(num_hidden_layers=layers, dtype="float16", **SHAPES[shapes])  # type: ignore[arg-type]
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)

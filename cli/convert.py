@@ -141,8 +141,8 @@ def convert(
         typer.Option(
             metavar="FILE",
             help=".txt, .jsonl (field text), either .gz, or a hub data set; given several times, "
-            "an equal share of each. [dim]Default: default, Wikipedia articles that come with "
-            "rehead.[/]",
+            "an equal share of each. [dim]Default: default, articles, stories, problems and code "
+            "that come with rehead.[/]",
             rich_help_panel=TEXT,
         ),
     ] = None,

@@ -17,7 +17,7 @@ from .errors import InputError, one_line
 from .writer import Writer
 
 # Part of the cached folder's name: raised whenever the same file gives another folder.
-VERSION = 1
+VERSION = 2
 
 # The format's numbers for the kinds of values, and the bytes of those of one width.
 STRING, ARRAY = 8, 9
@@ -130,6 +130,7 @@ def _build(path: Path, folder: Path) -> None:
     # The reader trusts the file's counts and offsets, so a damaged file fails in any way.
     except Exception as error:
         raise InputError(f"{path} cannot be read as a GGUF model: {one_line(error)}") from error
+    _check_tokenizer(path, tokenizer)
     config = model.config
     # The weights are plain numbers now. Older versions of transformers do not mark them.
     vars(config).pop("quantization_config", None)
@@ -147,6 +148,26 @@ def _build(path: Path, folder: Path) -> None:
         model.generation_config.save_pretrained(writer.folder)
         tokenizer.save_pretrained(writer.folder)
         writer.finish()
+
+
+def _check_tokenizer(path: Path, tokenizer: Any) -> None:
+    """Raises if the tokenizer cuts the words of its own vocabulary into pieces.
+
+    So does one whose merges are not in the file and were made again wrongly, as by transformers
+    5.16 of Gemma's.
+    """
+    from transformers import __version__
+
+    ids = range(0, len(tokenizer), max(1, len(tokenizer) // 4000))
+    words = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+    words = [word for word in words if word.isascii() and word.isalpha() and len(word) >= 4]
+    pieces = sum(len(tokenizer(word, add_special_tokens=False).input_ids) for word in words)
+    if pieces > 1.5 * len(words):
+        raise InputError(
+            f"{path} has a tokenizer that transformers {__version__} cannot rebuild: it cuts words "
+            "of its own into pieces. Give the Hugging Face folder of the model, or update "
+            "transformers."
+        )
 
 
 def _rope_parameters(path: Path) -> dict[str, Any]:

@@ -101,6 +101,9 @@ class GQA:
         """The same attention as maps per head."""
         return AttentionMaps(**vars(self))
 
+    def reader(self) -> AttentionMaps:
+        return self.expand()
+
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
         """Tensors by the names of the family's own attention module.
 

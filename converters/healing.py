@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .activations import Activations
-from .maps import AttentionMaps, attention, head_outputs
+from .maps import AttentionMaps, Reader, attention, head_outputs
 
 # Of an entry's size by its row and column, per step, at the peak.
 LEARNING_RATE = 0.015
@@ -49,7 +49,13 @@ class Form(Protocol):
 
     def balanced(self) -> Self: ...
 
-    def expand(self) -> AttentionMaps: ...
+    def expand(self) -> AttentionMaps:
+        """The same attention as maps per head, for whoever asks what it is."""
+        ...
+
+    def reader(self) -> Reader:
+        """The same attention in the fewest operations, for whoever runs it."""
+        ...
 
 
 FormT = TypeVar("FormT", bound=Form)
@@ -95,22 +101,20 @@ def heads_of(
     form: Form, x: Float[Tensor, "N T D"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "N T H V"]:
     """What the form's output map reads, in float32, computed in that dtype."""
-    maps = maps_in(form, dtype)
+    reader = reader_in(form, dtype)
     step = max(1, TOKENS_AT_ONCE // x.shape[1])
-    return torch.cat([heads_by(maps, rows) for rows in x.split(step)])
+    return torch.cat([heads_by(reader, rows) for rows in x.split(step)])
 
 
-def maps_in(form: Form, dtype: torch.dtype) -> AttentionMaps:
-    """The form's maps in that dtype. In bfloat16 they are never held in a wider one."""
-    if dtype != torch.bfloat16:
-        return form.expand().to(dtype)
+def reader_in(form: Form, dtype: torch.dtype) -> Reader:
+    """The form's reader in that dtype."""
     rounded = {name: tensor.to(dtype) for name, tensor in form.tensors().items()}
-    return replace(form, **rounded).expand()
+    return replace(form, **rounded).reader()
 
 
-def heads_by(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
-    """`head_outputs` in the maps' dtype, as float32."""
-    return head_outputs(maps, x.to(maps.q.dtype)).float()
+def heads_by(reader: Reader, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:
+    """`head_outputs` in the reader's dtype, as float32."""
+    return head_outputs(reader, x.to(reader.o.dtype)).float()
 
 
 def heal(
@@ -150,7 +154,7 @@ def heal(
         part = _rows(seen, next(order))
         parameters = {name: sizes[name] * share for name, share in shares.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-            out = attention(replace(base, **parameters).expand(), part.x)
+            out = attention(replace(base, **parameters).reader(), part.x)
         wrong = ((out.float() - part.y).square().sum(-1) * part.weights).sum()
         loss = wrong / (part.y.square().sum(-1) * part.weights).sum().clamp_min(1e-30)
         optimizer.zero_grad()

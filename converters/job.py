@@ -18,7 +18,7 @@ from .checkpoint import Source
 from .clock import Clock
 from .errors import InputError
 from .families import Family
-from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error
+from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error, reader_in
 from .maps import AttentionMaps, attention
 from .memory import release
 from .plan import TRIED_WIDTHS, spend
@@ -323,7 +323,7 @@ def exactly(maps: AttentionMaps, form: Form, seen: Activations) -> Activations |
     maps = maps.to(torch.float32)
     x = seen.x[:1, :EXACT_TOKENS]
     meant = attention(maps, x)
-    if not _distance(attention(form.expand().to(torch.float32), x), meant) < EXACT:
+    if not _distance(attention(reader_in(form, torch.float32), x), meant) < EXACT:
         return None
     y = torch.cat([attention(maps, sequence[None]) for sequence in seen.x])
     return replace(seen, y=y) if _distance(y, seen.y) < ROUNDED else None

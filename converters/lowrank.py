@@ -3,6 +3,7 @@
 Letters: M rows, D columns, r rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +17,17 @@ FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class Factors:
-    """`up[:, :r] @ down[:r]` is the best rank-r approximation, for every r at once.
+    """`up[:, :r] @ down[:r]` is the best rank-r approximation, for every r up to R at once.
 
     Args:
         up: columns by falling importance.
         down: rows by falling importance.
-        energy: weighted squared error that leaving out each component adds.
+        energy: weighted squared error that leaving out each component adds, of all C there are.
     """
 
     up: Float[Tensor, "M R"]
     down: Float[Tensor, "R D"]
-    energy: Float[Tensor, " R"]
+    energy: Float[Tensor, " C"]
 
 
 def square_roots(
@@ -86,17 +87,52 @@ class WeightedSVD:
         roots = square_roots(left) if len(left) <= len(self.right) else None
         return WeightedSVD(left, roots, self.right, self.right_inverse)
 
-    def __call__(self, weight: Float[Tensor, "M D"]) -> Factors:
+    def __call__(self, weight: Float[Tensor, "M D"], rank: int | None = None) -> Factors:
+        """Factors of no more than that rank; None for all there are."""
+        return self.less(weight, 0)(weight[:0, :0], weight[:0], rank)
+
+    def less(
+        self, weight: Float[Tensor, "M D"], first: int
+    ) -> Callable[[Float[Tensor, "K R"], Float[Tensor, "R D"], int | None], Factors]:
+        """Factors of what a product leaves of a weight, for many products of few rows.
+
+        What is returned takes (columns, rows, rank) and factorises the weight with columns @ rows
+        taken from its first K rows. All that M and D cost together is paid once; a product costs
+        R D (K + D), and the decomposition.
+
+        Args:
+            first: K.
+        """
         seen = weight @ self.right
         if self.left_roots is not None:
             root, inverse = self.left_roots
-            u, s, vh = torch.linalg.svd(root @ seen, full_matrices=False)
-            u, vh = fix_signs(u, vh)
-            return Factors(up=inverse @ u * s, down=vh @ self.right_inverse, energy=s.square())
-        weighted = seen.mT @ self.left @ seen
-        energy, v = torch.linalg.eigh((weighted + weighted.mT) / 2)  # a rounded moment is not even
-        v, vh = fix_signs(v.flip(1), v.flip(1).mT)
-        return Factors(seen @ v, vh @ self.right_inverse, energy.flip(0).clamp_min(0))
+
+            def by_root(columns: Tensor, rows: Tensor, rank: int | None) -> Factors:
+                rest = torch.cat([seen[:first] - columns @ (rows @ self.right), seen[first:]])
+                u, s, vh = torch.linalg.svd(root @ rest, full_matrices=False)
+                u, vh = fix_signs(u[:, :rank], vh[:rank])
+                return Factors(inverse @ u * s[:rank], vh @ self.right_inverse, s.square())
+
+            return by_root
+
+        felt = self.left @ seen
+        gram, felt = seen.mT @ felt, felt[:first].clone()  # its other rows are let go
+        left = self.left[:first, :first]
+
+        def by_gram(columns: Tensor, rows: Tensor, rank: int | None) -> Factors:
+            taken = rows @ self.right
+            cross = taken.mT @ (columns.mT @ felt - columns.mT @ left @ columns @ taken / 2)
+            weighted = gram - cross - cross.mT
+            del cross
+            energy, v = torch.linalg.eigh((weighted + weighted.mT) / 2)  # rounded, it is not even
+            del weighted
+            v = v.flip(1)[:, :rank]
+            v, vh = fix_signs(v, v.mT)
+            up = seen @ v
+            up[:first] -= columns @ (taken @ v)
+            return Factors(up, vh @ self.right_inverse, energy.flip(0).clamp_min(0))
+
+        return by_gram
 
 
 def fix_signs(

@@ -9,11 +9,37 @@ A frequency of 0 means "not rotated", so full, partial and no RoPE are one case.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What computes an attention layer's queries, keys and values from its inputs."""
+
+    @property
+    def o(self) -> Float[Tensor, "D H V"]: ...
+
+    @property
+    def o_bias(self) -> Float[Tensor, " D"] | None: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    def read(
+        self, x: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G V"]]:
+        """Queries and keys, rotated by the positions 0, 1, ..., and values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,14 @@ class AttentionMaps:
     def keys(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch G E"]:
         """Of every KV head, before their rotation."""
         return normalised(project(x, self.k, self.k_bias), self.k_norm, self.norm_eps)
+
+    def read(
+        self, x: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G V"]]:
+        """See `Reader`."""
+        angles = token_angles(self.inv_freq, x)[:, None]
+        q, k = rotate(self.queries(x), angles), rotate(self.keys(x), angles)
+        return q, k, project(x, self.v, self.v_bias)
 
     @property
     def heads(self) -> int:
@@ -182,12 +216,25 @@ def rotate(
     return torch.cat([re * cos - im * sin, im * cos + re * sin], dim=-1)
 
 
+def rotate_tail(
+    x: Float[Tensor, "*batch E"], angles: Float[Tensor, "*angle_batch P"]
+) -> Float[Tensor, "*batch E"]:
+    """`rotate` of the last 2 P dims of x."""
+    free = x.shape[-1] - 2 * angles.shape[-1]
+    return torch.cat([x[..., :free], rotate(x[..., free:], angles)], dim=-1)
+
+
 def position_angles(
     inv_freq: Float[Tensor, " P"], length: int, start: int = 0
 ) -> Float[Tensor, "T P"]:
     """Angle of every pair at positions start, start + 1, ..."""
     positions = torch.arange(start, start + length, dtype=inv_freq.dtype, device=inv_freq.device)
     return positions[:, None] * inv_freq
+
+
+def token_angles(inv_freq: Float[Tensor, " P"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "T P"]:
+    """`position_angles` of the tokens of x, in float32."""
+    return position_angles(inv_freq.float(), x.shape[1]).to(x.device)
 
 
 def reference_attention(
@@ -224,37 +271,37 @@ def reference_attention(
     return y
 
 
-def attention(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+def attention(reader: Reader, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
     """The same output for a batch of causal sequences, by the fused kernel and differentiable."""
-    heads = head_outputs(maps, x).flatten(2)
-    return torch.nn.functional.linear(heads, maps.o.flatten(1), maps.o_bias)
+    heads = head_outputs(reader, x).flatten(2)
+    return torch.nn.functional.linear(heads, reader.o.flatten(1), reader.o_bias)
 
 
-def head_outputs(maps: AttentionMaps, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H V"]:
+def head_outputs(reader: Reader, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H V"]:
     """What the output map reads: every head's mean of its values under the softmax weights."""
-    angles = position_angles(maps.inv_freq.float(), x.shape[1])[:, None].to(x.device)
-    q = rotate(maps.queries(x), angles).transpose(1, 2)  # [B, H, T, E]
-    k = rotate(maps.keys(x), angles).transpose(1, 2)  # [B, G, T, E]
-    v = project(x, maps.v, maps.v_bias).transpose(1, 2)  # [B, G, T, V]
+    q, k, v = (part.transpose(1, 2) for part in reader.read(x))  # [B, H or G, T, E or V]
     q, k = q.to(v.dtype), k.to(v.dtype)
-    length = x.shape[1]
-    if maps.softcap is not None:  # which the fused kernel does not know
-        grouped = q.float().unflatten(1, (maps.kv_heads, -1))
+    length, v_dim, groups = x.shape[1], v.shape[-1], v.shape[1]
+    if reader.softcap is not None:  # which the fused kernel does not know
+        grouped = q.float().unflatten(1, (groups, -1))
         with torch.autocast(x.device.type, enabled=False):
-            scores = grouped @ k.float()[:, :, None].mT * maps.scaling
-        unseen = ~visible(maps.window, 0, length, x.device)
-        scores = capped(scores, maps.softcap).masked_fill(unseen, -torch.inf)
+            scores = grouped @ k.float()[:, :, None].mT * reader.scaling
+        unseen = ~visible(reader.window, 0, length, x.device)
+        scores = capped(scores, reader.softcap).masked_fill(unseen, -torch.inf)
         heads = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
         return heads.flatten(1, 2).transpose(1, 2)
     # The CPU's fused kernel wants keys and values of one width.
-    width = maps.qk_dim - maps.v_dim
+    width = q.shape[-1] - v_dim
     if width > 0:
         v = torch.nn.functional.pad(v, (0, width))
     elif width < 0:
         q, k = (torch.nn.functional.pad(z, (0, -width)) for z in (q, k))
-    slides = maps.window is not None and maps.window < length
-    mask = visible(maps.window, 0, length, x.device) if slides else None
+    slides = reader.window is not None and reader.window < length
+    mask = visible(reader.window, 0, length, x.device) if slides else None
     heads = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=maps.scaling, enable_gqa=maps.repeats > 1
+        *(q, k, v, mask),
+        is_causal=mask is None,
+        scale=reader.scaling,
+        enable_gqa=q.shape[1] > groups,
     )
-    return heads[..., : maps.v_dim].transpose(1, 2)
+    return heads[..., :v_dim].transpose(1, 2)

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .balance import even_queries, evening, paired, size
 from .calibration import Kronecker, in_precision, query_factors
 from .errors import InputError
 from .lowrank import WeightedSVD
-from .maps import AttentionMaps
+from .maps import AttentionMaps, project, rotate_tail, token_angles
 from .mla import MLAMoments, mla_moments
 from .rope_split import RopeSplit, half_layout, output_bias, rope_components, split_rope
 
@@ -171,6 +172,19 @@ class MFA:
             v_bias=v_bias,
             o_bias=self.o_bias,
         )
+
+    def reader(self) -> "MFA":
+        return self
+
+    def read(
+        self, x: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T H C"], Float[Tensor, "B T 1 C"], Float[Tensor, "B T 1 C"]]:
+        """What `expand` gives, by the shared projection, as [position-free | rotated]."""
+        q = project(x if self.q_down is None else linear(x, self.q_down), self.q, self.q_bias)
+        k = linear(x, self.k, self.k_bias)
+        v = linear(k, self._reading()) if self.v is None else linear(x, self.v)
+        angles = token_angles(self.inv_freq[list(self.rope_pairs)], x)
+        return rotate_tail(q, angles[:, None]), rotate_tail(k, angles)[:, :, None], v[:, :, None]
 
     def _reading(self) -> Float[Tensor, "C C"]:
         """What takes the latent of MFA-KR to its value."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .balance import even_queries, evening, paired, size
 from .calibration import (
@@ -30,7 +31,7 @@ from .calibration import (
 )
 from .errors import InputError
 from .lowrank import Factors, WeightedSVD
-from .maps import AttentionMaps
+from .maps import AttentionMaps, normalised, project, rotate, rotate_tail, token_angles
 from .plan import LayerDims
 from .rope_split import (
     RopeSplit,
@@ -316,6 +317,35 @@ class MLA:
         inv_freq = torch.cat([chosen.new_zeros(nope // 2), chosen])
         return AttentionMaps(q[:, order], k, v, self.o, inv_freq, **fixed, **biases)
 
+    def reader(self) -> "MLA":
+        return self
+
+    def read(
+        self, x: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T G E"], Float[Tensor, "B T G V"]]:
+        """What `expand` gives, by way of the latent: [position-free | rotated] queries and keys."""
+        r, nope = self.kv_lora_rank, self.qk_nope_head_dim
+        q = project(x if self.q_down is None else linear(x, self.q_down), self.q, self.q_bias)
+        cached = linear(x, self.kv_a, self.kv_a_bias)
+        pair = project(cached[..., :r], self.kv_b, self.kv_b_bias)
+        k, v = pair.split([nope, self.v_head_dim], dim=-1)
+        if self.whole_keys:
+            angles = token_angles(self.inv_freq, x)[:, None]
+            q = normalised(q, self.q_norm, self.norm_eps)
+            k = normalised(k, self.k_norm, self.norm_eps)
+            return rotate(q, angles), rotate(k, angles), v
+        if not self.rope_on_read:
+            rope = cached[..., r:]
+        elif self.k_rope is not None:
+            rope = linear(cached, self.k_rope, self.k_rope_bias)
+        else:
+            rope = cached[..., r - self.qk_rope_head_dim :]
+            rope = rope if self.k_rope_bias is None else rope + self.k_rope_bias
+            rope = rope[..., _side_by_side(self.qk_rope_head_dim).argsort()]
+        angles = token_angles(self.inv_freq[list(self.rope_pairs)], x)
+        shared = rotate(rope, angles)[:, :, None].expand(-1, -1, k.shape[2], -1)
+        return rotate_tail(q, angles[:, None]), torch.cat([k, shared], dim=-1), v
+
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
         """Tensors by the names of the model class' attention module.
 
@@ -398,12 +428,14 @@ def mla_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims
     kronecker, phases = moments.kronecker, moments.phases
     assert phases is not None
     svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+    keys, values = maps.k.flatten(0, 1), maps.v.flatten(0, 1)
+    less = svd.less(torch.cat([keys, values]), len(keys))
     ranked = rope_components(maps, phases)
 
     def build(dims: LayerDims) -> MLA:
         components = ranked if dims.rope_pairs is None else ranked.first(dims.rope_pairs)
         split = split_rope(maps, phases, components, dims.qk_rope_head_dim // 2)
-        factors = svd(torch.cat([split.k_nope.flatten(0, 1), maps.v.flatten(0, 1)]))
+        factors = less(split.synthesis.mT, split.k_rope, dims.kv_lora_rank)
         return decoupled_mla(maps, split, factors, moments, dims)
 
     return build

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .activations import Activations
-from .healing import Form, heads_by, maps_in
+from .healing import Form, heads_by, reader_in
 
 # Ridges to choose from, as shares of the mean energy of a feature.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -33,20 +33,20 @@ def refit_output(form: FormT, seen: Activations, dtype: torch.dtype = torch.floa
     Args:
         dtype: to compute the heads' outputs in.
     """
-    maps = maps_in(form, dtype)
+    reader = reader_in(form, dtype)
     bias = form.o_bias
     o = form.o.flatten(1).float()
     if bias is not None:
         o = torch.cat([o, bias[:, None].float()], dim=1)
 
     def features(x: Tensor) -> Tensor:
-        out = heads_by(maps, x[None])[0].flatten(1)  # [T, H V]
+        out = heads_by(reader, x[None])[0].flatten(1)  # [T, H V]
         return out if bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
 
     delta = output_step(features, o, seen, form.o.dtype)
     if delta is None:
         return form
-    width = maps.heads * maps.v_dim
+    width = form.o[0].numel()
     fitted = {"o": form.o + delta[:, :width].unflatten(1, form.o.shape[1:])}
     if bias is not None:
         fitted["o_bias"] = bias + delta[:, width]

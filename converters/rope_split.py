@@ -141,7 +141,9 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     """
     groups = maps.kv_heads
     keys = _complex(augmented(maps.k, maps.k_bias))  # [G, P, D + 1]
-    moment = moments.inputs.to(keys.dtype)
+    # The moment is real: half the products, and all pairs' at once.
+    moment = moments.inputs.to(maps.k.dtype)
+    seen = torch.complex(keys.real @ moment, keys.imag @ moment)
     loss = (1 - moments.mean_phase.abs().square()).clamp_min(LEAST_REMOVAL)
     weight = (moments.query_energy * loss).unflatten(0, (groups, -1)).sum(1)  # [G, P]
     weight = weight.clamp_min(weight.max() * 1e-12)
@@ -149,14 +151,14 @@ def rope_components(maps: AttentionMaps, moments: PhaseMoments) -> Components:
     found = []
     for pair in maps.inv_freq.nonzero().flatten().tolist():
         k, d = keys[:, pair], weight[:, pair]
-        values, vectors = torch.linalg.eigh(d[:, None] * (k @ moment @ k.mH) * d)
+        values, vectors = torch.linalg.eigh(d[:, None] * (seen[:, pair] @ k.mH) * d)
         for j in range(groups):
             u = vectors[:, j]
             u = u * u[u.abs().argmax()].conj().sgn()  # unique only up to a phase
             found.append((float(values[j]), pair, u.conj() * d, u / d))
     if not found:
         none = keys.new_zeros(0, groups)
-        return Components(moment.real.new_zeros(0), (), none, none)
+        return Components(moment.new_zeros(0), (), none, none)
     found.sort(key=lambda item: (-item[0], item[1]))
     cost, pairs, analysis, synthesis = zip(*found, strict=True)
     return Components(
@@ -173,17 +175,18 @@ def split_rope(
     queries = _complex(augmented(maps.q, maps.q_bias))
     rest = keys.clone()
     k_rope = keys.new_empty(count, keys.shape[-1])
-    q_rope = queries.new_empty(maps.heads, count, queries.shape[-1])
+    q_rot = maps.q.new_empty(maps.heads, 2 * count, queries.shape[-1])  # the largest of all
     for j in range(count):
         pair, synthesis = components.pair[j], components.synthesis[j]
         z = components.analysis[j] @ keys[:, pair]
         rest[:, pair] -= synthesis[:, None] * z
         k_rope[j] = z
-        q_rope[:, j] = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
+        q = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
+        q_rot[:, j], q_rot[:, count + j] = q.real, q.imag
     # A frequency of which every component is kept leaves nothing but rounding.
     kept = torch.bincount(torch.tensor(components.pair[:count], dtype=torch.long), minlength=half)
     rest[:, kept == groups] = 0
-    k_rot, q_rot = _real(k_rope), _real(q_rope)
+    k_rot = _real(k_rope)
     q_nope, q_nope_bias = position_free_queries(maps, moments)
     has_q, has_k = maps.q_bias is not None, maps.k_bias is not None
     return RopeSplit(

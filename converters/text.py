@@ -60,7 +60,7 @@ def read_texts(spec: str | Path) -> list[str]:
 
 
 def default_calibration_text() -> str:
-    """The text that ships with the package: English Wikipedia articles, see data/README.md."""
+    """What ships with the package: articles, stories, problems and code, see data/README.md."""
     return _packaged("calibration.jsonl.gz")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checkpoint import open_source
 from .families import Family
-from .healing import Form
+from .healing import Form, reader_in
 from .maps import attention
 from .stream import LayerStream
 
@@ -53,9 +53,9 @@ def verify(
     for layer, form in enumerate(forms):
         seen = stream.advance(layer)
         x = seen.x.to(form.inv_freq.device)
-        meant = attention(form.expand().to(torch.float32), x)
-        stored = {name: t.to(dtype).to(t.dtype) for name, t in form.tensors().items()}
-        rounded = attention(replace(form, **stored).expand().to(torch.float32), x)
+        meant = attention(reader_in(form, torch.float32), x)
+        stored = {name: t.to(dtype) for name, t in form.tensors().items()}
+        rounded = attention(reader_in(replace(form, **stored), torch.float32), x)
         off, allowed = _distance(seen.y.to(x), meant), _distance(rounded, meant)
         if not off <= ROUNDING + OF_DTYPE * allowed:
             raise WrittenWrongly(

@@ -50,10 +50,13 @@ def load_model(
     """
     target = _device(device)
     source = open_source(model)
+    # Capped scores, which sdpa leaves out; transformers 5.16 takes it all the same.
+    caps = getattr(source.config, "attn_logit_softcapping", None) is not None
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=source.config,
+            attn_implementation="eager" if caps else None,
             dtype=parse_dtype(dtype),
             local_files_only=True,
             trust_remote_code=False,

@@ -12,6 +12,7 @@ from .mla_config import MLAConfigMixin
 @strict
 class GemmaMLAConfig(MLAConfigMixin, GemmaConfig):
     model_type = "rehead_gemma_mla"
+    head_dim: int | None = 256
 
 
 class GemmaMLAModel(ConvertedModel, GemmaModel):
@@ -26,6 +27,7 @@ class GemmaMLAForCausalLM(ConvertedForCausalLM, GemmaForCausalLM):
 @strict
 class GemmaMFAConfig(MFAConfigMixin, GemmaConfig):
     model_type = "rehead_gemma_mfa"
+    head_dim: int | None = 256
 
 
 class GemmaMFAModel(ConvertedModel, GemmaModel):

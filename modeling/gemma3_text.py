@@ -11,6 +11,7 @@ from .mla_config import MLAConfigMixin
 @strict
 class Gemma3MLAConfig(MLAConfigMixin, Gemma3TextConfig):
     model_type = "rehead_gemma3_text_mla"
+    head_dim: int | None = 256
 
 
 class Gemma3MLAModel(ConvertedModel, Gemma3TextModel):

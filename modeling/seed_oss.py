@@ -12,6 +12,7 @@ from .mla_config import MLAConfigMixin
 @strict
 class SeedOssMLAConfig(MLAConfigMixin, SeedOssConfig):
     model_type = "rehead_seed_oss_mla"
+    head_dim: int | None = 128
 
 
 class SeedOssMLAModel(ConvertedModel, SeedOssModel):
@@ -26,6 +27,7 @@ class SeedOssMLAForCausalLM(ConvertedForCausalLM, SeedOssForCausalLM):
 @strict
 class SeedOssMFAConfig(MFAConfigMixin, SeedOssConfig):
     model_type = "rehead_seed_oss_mfa"
+    head_dim: int | None = 128
 
 
 class SeedOssMFAModel(ConvertedModel, SeedOssModel):

@@ -14,7 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from rehead.converters import gguf_source, shards, writer
 from rehead.converters.checkpoint import Writer, copy_side_files, locate, open_source
@@ -521,6 +528,25 @@ def test_a_gguf_file_is_turned_once(tmp_path, monkeypatch):
     folders.save_gguf(path, tiny.source(**folders.MODEL_FIELDS, seed=1))
     assert locate(path, cache_dir=cache) != first
     assert not [p.name for p in (cache / "gguf").iterdir() if p.name.startswith(".")]
+
+
+def test_a_tokenizer_that_has_lost_its_merges_is_refused(tmp_path, monkeypatch):
+    """As transformers 5.16 rebuilds Gemma's: the words are there, and none is ever used."""
+    path = tmp_path / "tiny.gguf"
+    folders.save_gguf(path, tiny.source(**folders.MODEL_FIELDS))
+    pieces = [("t", "h"), ("th", "i"), ("thi", "s"), ("w", "i"), ("wi", "t"), ("wit", "h")]
+    vocab = {c: i for i, c in enumerate(["<unk>", *"thiswn", *map("".join, pieces)])}
+    for merges in (pieces, []):
+        core = Tokenizer(BPE(vocab, merges, unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, t=tokenizer, **__: t)
+        if merges:
+            locate(path, cache_dir=tmp_path / "whole")
+            continue
+        with pytest.raises(InputError, match="cuts words of its own into pieces") as told:
+            locate(path, cache_dir=tmp_path / "broken")
+        assert "\n" not in str(told.value)
+        assert not [*(tmp_path / "broken").rglob("*.safetensors")]
 
 
 def test_rotary_scaling_in_a_gguf_file_is_kept(tmp_path):

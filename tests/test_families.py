@@ -253,7 +253,8 @@ EXACT = [
 def test_the_whole_budget_is_exact(case, form, saved, text, tmp_path):
     folder, model = saved(case)
     done = run(folder, tmp_path / "out", text, **everything(case, form, model))
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    same = dict(attn_implementation=model.config._attn_implementation)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **same).eval()
     assert max(layer.error for layer in done.layers) < 1e-8
     cached, full = cached_and_full(found)
     wanted = cached_and_full(model)[1]

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(main.app).commands
 # Flags in our pages that other programs have.
 STRANGERS = {"--model", "--model_args", "--include_path", "--tasks", "--metadata", "--model-impl"}
-STRANGERS |= {"--config_file", "--nproc-per-node", "--trust-remote-code"}
+STRANGERS |= {"--config_file", "--limit", "--nproc-per-node", "--trust-remote-code"}
 STRANGERS |= {"--install-completion", "--show-completion", "--version", "--help"}
 
 

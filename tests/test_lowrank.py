@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rehead.converters.lowrank import Factors, fix_signs, square_roots, weighted_svd
+from rehead.converters.lowrank import Factors, WeightedSVD, fix_signs, square_roots, weighted_svd
 
 
 def draw(*shape, seed=0):
@@ -64,6 +64,31 @@ def test_no_map_of_that_rank_loses_less(shape, rank, size):
     plain = weighted_svd(weight, torch.eye(rows).double(), torch.eye(columns).double())
     for other in (up @ down, draw(rows, rank, seed=seed + 5) @ down, truncated(plain, rank)):
         assert loss(weight, other, left, right) >= least
+
+
+@given(shapes, st.integers(0, 3), st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_a_weight_less_a_product_is_factorised_as_such(shape, count, first):
+    """Whichever of rows and columns are more, and whatever part of the rows it is taken from."""
+    rows, columns, seed = shape
+    first = min(first, rows)
+    weight = draw(rows, columns, seed=seed)
+    left, right = moment(rows, seed + 1), moment(columns, seed + 2)
+    taken = draw(first, count, seed=seed + 3), draw(count, columns, seed=seed + 4)
+    rest = weight.clone()
+    rest[:first] -= taken[0] @ taken[1]
+    less = WeightedSVD.of(left, right).less(weight, first)
+    wanted = weighted_svd(rest, left, right)
+    full = min(rows, columns)
+    for rank in (1, full):
+        factors = less(*taken, rank)
+        assert factors.up.shape == (rows, rank)
+        assert torch.allclose(factors.energy, wanted.energy, rtol=1e-8, atol=1e-10)
+        found, best = (loss(rest, truncated(f, rank), left, right) for f in (factors, wanted))
+        assert found == pytest.approx(best, rel=1e-6, abs=1e-10)
+    assert torch.allclose(truncated(factors, full), rest, rtol=0, atol=1e-9)
+    if first and count:  # twin: the product is not left in
+        assert not torch.allclose(truncated(factors, full), weight, rtol=0, atol=1e-6)
 
 
 def test_weights_change_what_is_kept():

@@ -11,7 +11,7 @@ from layers import error
 from rehead.converters.activations import Activations
 from rehead.converters.errors import InputError
 from rehead.converters.healing import heal, output_error
-from rehead.converters.maps import reference_attention
+from rehead.converters.maps import attention, reference_attention
 from rehead.converters.mfa import MFADims, mfa_moments, to_mfa, with_shared_queries
 
 SHAPES = {
@@ -55,6 +55,19 @@ def test_at_full_width_it_is_the_identity(shape, key_reuse):
     assert error(outputs(to_mfa(maps, moments, narrow).expand(), x), wanted) > 1e-4
     swapped = replace(mfa, q=mfa.q.flip(0))
     assert maps.kv_heads == 1 or error(outputs(swapped.expand(), x), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("key_reuse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_run_by_its_shared_projection_as_it_is_expanded(shape, key_reuse):
+    maps = layers.maps(**SHAPES[shape])
+    x = layers.inputs(hidden=maps.hidden)
+    made = to_mfa(maps, moments_of(maps, x), MFADims(8, 4, key_reuse))
+    for mfa in (made, with_shared_queries(made, x, seeded(), share_q_dim=10, error=0.1).balanced()):
+        wanted = outputs(mfa.expand(), x)
+        assert error(attention(mfa.reader(), x.double()), wanted) < 1e-5
+        turned = replace(mfa, rope_pairs=mfa.rope_pairs[::-1])
+        assert error(attention(turned, x.double()), wanted) > 1e-3
 
 
 def test_values_of_key_reuse_are_the_papers():

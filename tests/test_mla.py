@@ -13,7 +13,7 @@ from rehead.converters.calibration import in_precision, kronecker
 from rehead.converters.errors import InputError
 from rehead.converters.families import family_of
 from rehead.converters.lowrank import weighted_svd
-from rehead.converters.maps import AttentionMaps, project, reference_attention
+from rehead.converters.maps import AttentionMaps, attention, project, reference_attention
 from rehead.converters.mla import (
     MLA,
     decoupled_mla,
@@ -87,6 +87,25 @@ def test_everything_kept_is_the_identity(shape, kind):
     assert error(outputs(less.expand(), x), wanted) > tolerance
     swapped = replace(mla, q=mla.q.flip(0))
     assert error(outputs(swapped.expand(), x), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("queries", ["whole", "low rank"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_run_through_its_latent_as_it_is_expanded(shape, kind, queries):
+    maps = layers.maps(**SHAPES[shape])
+    x = layers.inputs(hidden=maps.hidden)
+    made = to_mla(maps, moments_of(maps, x, kind), dims_of(kind, 12, 6))
+    if queries == "low rank":
+        made = with_low_rank_queries(made, x, seeded(), 10)
+    for mla in (made, made.settled(x), made.settled(x).balanced()):
+        wanted = outputs(mla.expand(), x)
+        assert error(attention(mla.reader(), x.double()), wanted) < 1e-5
+        # Another form's, or one whose rotated key is another, would be seen.
+        assert error(attention(replace(mla, kv_b=mla.kv_b.flip(1)), x.double()), wanted) > 1e-2
+        if mla.rope_pairs:
+            turned = replace(mla, rope_pairs=mla.rope_pairs[::-1])
+            assert error(attention(turned, x.double()), wanted) > 1e-3
 
 
 def half_kept(maps, moments, count, x, *, mean=torch.clone):

@@ -7,13 +7,28 @@ import pytest
 import tiny
 import torch
 from tiny import error, step_by_step
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES
 
 MODELS = {form: partial(tiny.mla, form=form) for form in tiny.FORMS}
 MODELS |= {form: partial(tiny.mfa, form=form) for form in tiny.MFA_FORMS}
 EXACT = {form: partial(tiny.exact, form=form) for form in tiny.FORMS}
 EXACT |= {form: partial(tiny.exact_mfa, form=form) for form in tiny.MFA_FORMS}
 CASES = [*tiny.CASES, *((form, f) for form in tiny.MFA_FORMS for f in tiny.MFA_VARIANTS)]
+
+
+CLASSES = {"mla": MLA_CLASSES, "mfa": MFA_CLASSES, "gqa": GQA_CLASSES}
+
+
+@pytest.mark.parametrize(
+    "form, family", [(form, family) for form, families in CLASSES.items() for family in families]
+)
+def test_a_config_of_defaults_has_the_familys_head_width(form, family):
+    """transformers makes one to see what differs from it, 5.16 whenever a model is saved."""
+    source = CONFIG_MAPPING[family]()
+    width = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    assert CLASSES[form][family][0]().head_dim == width
 
 
 @pytest.mark.parametrize("form", MODELS)

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rehead.converters import InputError, LayerReport, Recipe, convert
 from rehead.converters.activations import Activations
 from rehead.converters.convert import converted_config
-from rehead.converters.healing import output_error
+from rehead.converters.healing import output_error, reader_in
 from rehead.converters.maps import AttentionMaps, attention
 from rehead.converters.targets import TARGETS, target_of
 from rehead.evaluation import kv_bytes_per_token
@@ -179,6 +179,7 @@ def test_every_layer_keeps_the_invariants(model, form, budget, seed, bias):
     found = module(hidden_states=x, position_embeddings=rope, attention_mask=None)[0]
     meant = attention(made.expand().to(torch.float32), x)
     assert layers.error(found, meant) < 1e-4
+    assert layers.error(attention(reader_in(made, torch.float32), x), meant) < 1e-4
 
     # Nothing is lost where nothing is left out, on text that was never seen.
     heads = target.kv_heads

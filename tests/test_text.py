@@ -177,8 +177,20 @@ def test_the_texts_that_ship_are_long_enough_and_apart():
     ids = []
     for name in ("calibration", "evaluation"):
         path = resources.files("rehead.data").joinpath(f"{name}.jsonl.gz")
+        assert len(path.read_bytes()) < 2 << 20  # every clone and install holds it
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-        # An article's id and title are what its authors are found by.
-        assert all(row["id"] and row["title"] and row["text"] for row in rows)
-        ids.append({row["id"] for row in rows})
-    assert not ids[0] & ids[1]
+        # An article's id and title are what its authors are found by, as others' by their source.
+        assert all(row["title"] and row["text"] for row in rows)
+        assert all(row["id"] if "id" in row else row["source"] for row in rows)
+        ids.append({row["id"] for row in rows if "id" in row})
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+
+
+def test_the_default_text_is_of_several_kinds_wherever_it_is_cut():
+    text = default_calibration_text()
+    # What a closed form of 16 sequences is drawn from, and one healed with 100.
+    for characters in (500_000, 3_500_000):
+        part = text[:characters]
+        assert part.count("Question: ") > characters / 4_000
+        assert part.count("Holmes") > characters / 20_000
+        assert part.count("    return ") > characters / 20_000
