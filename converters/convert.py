@@ -22,6 +22,7 @@ from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import family_of
 from .job import Job, Progress
+from .job import cast as cast_tensor
 from .memory import peak_rss_bytes
 from .model_card import model_card
 from .plan import parse_budget
@@ -184,11 +185,16 @@ def convert(
             folder=work / "model",
         ) as writer,
     ):
+
+        def copy(name: str, tensor: Tensor) -> None:
+            with job.clock("write"):
+                writer.add(name, tensor if dtype is None else cast_tensor(name, tensor, cast))
+
         processes.wait()
         dims = job.survey(tokens, work)
-        job.fit(tokens, dims, work, cast)
+        job.fit(tokens, dims, work, cast, copy)
         widths = [dim.width for dim in dims]
-        layers, biases = job.write(tokens, dims, work, writer, cast, dtype is not None)
+        layers, biases = job.write(tokens, dims, work, writer, cast, copy)
         config = converted_config(target, recipe, layers, biases, cast)
         config.save_pretrained(writer.folder)
         copy_side_files(source, writer.folder)

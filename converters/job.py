@@ -25,7 +25,7 @@ from .plan import TRIED_WIDTHS, spend
 from .processes import Processes
 from .recipe import LayerReport, Recipe
 from .refit import refit_output
-from .stream import LayerStream
+from .stream import Copy, LayerStream, leave
 from .targets import Dims, Target
 from .verify import verify
 from .work import load, save
@@ -163,14 +163,24 @@ class Job:
         widths = spend(curves, mean * self.layers, least, most)
         return [target.dims(*layer) for layer in zip(widths, shares, strict=True)]
 
-    def fit(self, tokens: Tensor, dims: Sequence[Dims], work: Path, dtype: torch.dtype) -> None:
+    def fit(
+        self,
+        tokens: Tensor,
+        dims: Sequence[Dims],
+        work: Path,
+        dtype: torch.dtype,
+        copy: Copy = leave,
+    ) -> None:
         """Fits every layer to its dims and heals it; what comes of it is kept in `work`.
+
+        Args:
+            copy: is given what stays of each layer when it is read, so that nobody reads it again.
 
         Raises:
             InputError: a layer has a value that the dtype cannot hold.
         """
         # The noise of bfloat16 is below what a budget costs; `exactly` sees to the rest.
-        stream = self._stream(tokens, self.dtype == torch.bfloat16)
+        stream = self._stream(tokens, self.dtype == torch.bfloat16, copy)
         stage = "heal" if self.recipe.heal else "factorise"
         for layer, dim in enumerate(dims):
             seen = stream.advance(layer)
@@ -226,12 +236,13 @@ class Job:
         work: Path,
         writer: Writer,
         dtype: torch.dtype,
-        everything: bool,
+        copy: Copy,
     ) -> tuple[list[LayerReport], dict[str, bool]]:
-        """Writes the fitted layers and all that stays.
+        """Writes the fitted layers, and what stays and is not written yet.
 
         Args:
-            dtype: of the attention, and with `everything` of what stays too.
+            dtype: of the attention.
+            copy: writes what stays.
 
         Returns:
             A report of every layer, and which projections have a bias.
@@ -264,9 +275,8 @@ class Job:
                 release()
             prefixes = tuple(self.family.prefix(layer) for layer in range(self.layers))
             for name in self.source.names():
-                if not name.startswith(prefixes):
-                    tensor = self.source.tensor(name)
-                    writer.add(name, cast(name, tensor, dtype) if everything else tensor)
+                if not name.startswith(prefixes) and name not in writer:
+                    copy(name, self.source.tensor(name))
         return reports, biases
 
     def verify(self, folder: Path, work: Path, tokens: Tensor, dtype: torch.dtype) -> None:
@@ -301,8 +311,10 @@ class Job:
         error = output_error(fitted, measured, heads).relative
         return (fitted, closed, error) if error < closed else (form, closed, closed)
 
-    def _stream(self, tokens: Tensor, low_precision: bool) -> LayerStream:
-        return LayerStream(self.source, self.family, tokens, self.device, low_precision, self.clock)
+    def _stream(self, tokens: Tensor, low_precision: bool, passing: Copy = leave) -> LayerStream:
+        return LayerStream(
+            self.source, self.family, tokens, self.device, low_precision, self.clock, passing
+        )
 
     def _generator(self, layer: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 100_003 + layer)

@@ -3,7 +3,7 @@
 Letters: N sequences, T tokens in each, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,12 @@ from .maps import AttentionMaps, visible
 # Tokens sent through a layer at a time.
 TOKENS_AT_ONCE = 4096
 
+Copy = Callable[[str, Tensor], object]
+
+
+def leave(name: str, tensor: Tensor) -> None:
+    """Does nothing with a tensor that passes."""
+
 
 @dataclass
 class LayerStream:
@@ -33,6 +39,8 @@ class LayerStream:
         device: where the layers run.
         low_precision: matrix products in bfloat16; the residual stream stays in float32.
         clock: counts the seconds of "read" and "forward".
+        passing: is shown what is read of each layer beside its attention, name and tensor as they
+            are stored.
         hidden: the residual stream entering the next layer; None before the first.
     """
 
@@ -42,9 +50,12 @@ class LayerStream:
     device: torch.device
     low_precision: bool = False
     clock: Clock = field(default_factory=Clock, repr=False)
+    passing: Copy = field(default=leave, repr=False)
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module | None = field(init=False, repr=False)
+    # The attention's tensors of the layer that was run last, until its maps are asked for.
+    _attention: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.source.config
@@ -91,13 +102,13 @@ class LayerStream:
         return named if hasattr(self.rotary, named) else name
 
     def maps(self, layer: int) -> AttentionMaps:
-        """The layer's attention, in float64."""
+        """The layer's attention, in float64; of the layer run last it is not read again."""
         prefix = self.family.prefix(layer)
         config = self.source.config
         rope = self.inv_freq(layer), self.attention_factor(layer)
         with self.clock("read"):
             tensors = {
-                name.removeprefix(prefix): self.source.tensor(name).to(self.device)
+                name.removeprefix(prefix): self._of_attention(name).to(self.device)
                 for name in self.source.names()
                 if name.startswith(prefix) and name.removeprefix(prefix) not in self.family.buffers
             }
@@ -109,6 +120,7 @@ class LayerStream:
         with self.clock("read"):
             if self.hidden is None:
                 self.hidden = self._embed()
+            self._attention.clear()
             module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
         with self.clock("forward"):
             return self._run(module, layer)
@@ -222,21 +234,34 @@ class LayerStream:
         """A tensor of a layer's module; all experts' are put together from each one's."""
         experts = self.family.experts
         if experts is None or prefix + name in self.source:
-            return self.source.tensor(prefix + name)
+            return self._read(prefix, name)
         owner, _, last = name.replace("mlp.", f"{experts.block}.", 1).rpartition(".")
         if last not in experts.parts:
-            return self.source.tensor(f"{prefix}{owner}.{last}")
+            return self._read(prefix, f"{owner}.{last}")
         return torch.stack(
             [
                 torch.cat(
                     [
-                        self.source.tensor(f"{prefix}{owner}.{expert}.{part}.weight")
+                        self._read(prefix, f"{owner}.{expert}.{part}.weight")
                         for part in experts.parts[last]
                     ]
                 )
                 for expert in range(shape[0])
             ]
         )
+
+    def _read(self, prefix: str, name: str) -> Tensor:
+        """A layer's tensor as it is stored, kept or shown to `passing`."""
+        tensor = self.source.tensor(prefix + name)
+        if name.startswith(f"{self.family.attention}."):
+            self._attention[prefix + name] = tensor
+        else:
+            self.passing(prefix + name, tensor)
+        return tensor
+
+    def _of_attention(self, name: str) -> Tensor:
+        kept = self._attention.pop(name, None)
+        return self.source.tensor(name) if kept is None else kept
 
 
 def _energy(x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T"]:

@@ -188,6 +188,10 @@ class Writer:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise self._explain(error) from error
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the tensor is written."""
+        return name in self._names
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor; it is not held afterwards."""
         if name in self._names:
