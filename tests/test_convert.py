@@ -28,7 +28,7 @@ from transformers import (
 
 import rehead.modeling  # noqa: F401  (its classes are found by the Auto classes)
 from rehead.converters import FORMS, ROPES, InputError, convert, job, plan, targets
-from rehead.converters.checkpoint import open_source
+from rehead.converters.checkpoint import Source, open_source
 from rehead.converters.convert import calibration_tokens
 from rehead.converters.families import Family
 from rehead.converters.rope_split import Components, rope_base, standard_rope_pairs
@@ -478,6 +478,25 @@ def test_what_was_interrupted_is_resumed(variant, source, run, tmp_path, monkeyp
         assert digest(place / "out") == wanted
         # What had been done was not done again.
         assert worked == ["moments", "moments", "heal", "heal"][number + 1 :]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_layer_is_read_a_third_time(variant, source, run, tmp_path, monkeypatch):
+    """Once to survey it, once to fit it; what stays of it is copied then."""
+    read, tensor = Counter(), Source.tensor
+
+    def counted(self, name):
+        if self.path == source[0]:
+            read[name] += 1
+        return tensor(self, name)
+
+    monkeypatch.setattr(Source, "tensor", counted)
+    made = run(source[0], tmp_path / "out", **VARIANTS[variant])
+    layers = [name for name in open_source(source[0]).names() if ".layers." in name]
+    assert {name: read[name] for name in layers} == dict.fromkeys(layers, 2)
+    stay = [name for name in open_source(source[0]).names() if "self_attn" not in name]
+    before, after = (load_file(path / "model.safetensors") for path in (source[0], made.output))
+    assert all(torch.equal(after[name], before[name]) for name in stay)
 
 
 def test_a_changed_text_is_not_resumed(source, run, text, tmp_path):
