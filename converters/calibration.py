@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from .lowrank import Factors, weighted_svd
+from .lowrank import Factors, gram_svd, weighted_svd
 from .maps import AttentionMaps, capped, position_angles, project, rotate, visible
 
 # How far the moments follow a token's importance, between 0 (not at all) and 1 (as the Kronecker
@@ -286,10 +286,18 @@ def _backward(
         yield seen, heads, weights, seen.per_score(scores)
 
 
-def kronecker(x: Float[Tensor, "N T D"], gradients: Float[Tensor, "N T M"]) -> Kronecker:
-    """The two factors, each weighted token by token by the size of the other."""
-    x, gradients = x.flatten(0, 1), gradients.flatten(0, 1)
-    importance = gradients.square().sum(1)
+def kronecker(
+    x: Float[Tensor, "N T D"],
+    gradients: Float[Tensor, "N T M"],
+    energy: Float[Tensor, "N T"] | None = None,
+) -> Kronecker:
+    """The two factors, each weighted token by token by the size of the other.
+
+    Args:
+        energy: the gradients' squared sizes, where those given are a linear map of them.
+    """
+    energy = gradients.square().sum(2) if energy is None else energy
+    x, gradients, importance = x.flatten(0, 1), gradients.flatten(0, 1), energy.flatten()
     importance = (importance / importance.mean().clamp_min(1e-30)) ** INPUT_POWER
     importance = importance / importance.sum().clamp_min(1e-30)
     mean = importance @ x
@@ -319,7 +327,13 @@ def query_factors(
         q: the query maps, in a layout of their own.
         order: maps' query dims in that layout; None where it is theirs.
     """
-    gradients = query_gradients(maps, x, generator)
-    gradients = gradients if order is None else gradients[..., order]
-    moments = in_precision(kronecker(x, gradients.flatten(2)), q.dtype)
-    return weighted_svd(q.flatten(0, 1), moments.gradients, moments.inputs), moments.mean
+    weight, by_gram = q.flatten(0, 1), q.shape[0] * q.shape[1] > q.shape[2]
+    felt, energy = [], []
+    for sequence in x:  # all heads' gradients are the largest thing here
+        gradients = query_gradients(maps, sequence[None], generator)
+        gradients = (gradients if order is None else gradients[..., order]).flatten(2)
+        energy.append(gradients.square().sum(2))
+        felt.append((gradients.to(q.dtype) @ weight).float() if by_gram else gradients)
+    moments = in_precision(kronecker(x, torch.cat(felt), torch.cat(energy)), q.dtype)
+    factorise = gram_svd if by_gram else weighted_svd
+    return factorise(weight, moments.gradients, moments.inputs), moments.mean

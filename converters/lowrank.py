@@ -62,6 +62,35 @@ def weighted_svd(
     return WeightedSVD.of(left, right)(weight)
 
 
+def gram_svd(
+    weight: Float[Tensor, "M D"], felt: Float[Tensor, "D D"], right: Float[Tensor, "D D"]
+) -> Factors:
+    """`weighted_svd` where the left moment is known as what the weight makes of it alone.
+
+    Args:
+        felt: W^T left W, the second moment of the gradients with respect to the input.
+    """
+    root, inverse = square_roots(right)
+    return _of_gram(root @ felt @ root, inverse, None, lambda v: weight @ (root @ v))
+
+
+def _of_gram(
+    gram: Float[Tensor, "D D"],
+    right_inverse: Float[Tensor, "D D"],
+    rank: int | None,
+    seen: Callable[[Float[Tensor, "D R"]], Float[Tensor, "M R"]],
+) -> Factors:
+    """Factors by the right singular vectors, the eigenvectors of C W^T left W C.
+
+    Args:
+        seen: W C times what it is given.
+    """
+    energy, v = torch.linalg.eigh((gram + gram.mT) / 2)  # rounded, it is not even
+    v = v.flip(1)[:, :rank]
+    v, vh = fix_signs(v, v.mT)
+    return Factors(seen(v), vh @ right_inverse, energy.flip(0).clamp_min(0))
+
+
 @dataclass(frozen=True)
 class WeightedSVD:
     """`weighted_svd` of many weights under the same moments, with the moments' roots made once.
@@ -122,15 +151,15 @@ class WeightedSVD:
         def by_gram(columns: Tensor, rows: Tensor, rank: int | None) -> Factors:
             taken = rows @ self.right
             cross = taken.mT @ (columns.mT @ felt - columns.mT @ left @ columns @ taken / 2)
+
+            def rest(v: Tensor) -> Tensor:
+                up = seen @ v
+                up[:first] -= columns @ (taken @ v)
+                return up
+
             weighted = gram - cross - cross.mT
             del cross
-            energy, v = torch.linalg.eigh((weighted + weighted.mT) / 2)  # rounded, it is not even
-            del weighted
-            v = v.flip(1)[:, :rank]
-            v, vh = fix_signs(v, v.mT)
-            up = seen @ v
-            up[:first] -= columns @ (taken @ v)
-            return Factors(up, vh @ self.right_inverse, energy.flip(0).clamp_min(0))
+            return _of_gram(weighted, self.right_inverse, rank, rest)
 
         return by_gram
 

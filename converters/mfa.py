@@ -17,6 +17,7 @@ of the key head, n rotated components in it, L share_q_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn.functional import linear
 from .balance import even_queries, evening, paired, size
 from .calibration import Kronecker, in_precision, query_factors
 from .errors import InputError
-from .lowrank import WeightedSVD
+from .lowrank import Factors, WeightedSVD
 from .maps import AttentionMaps, project, rotate_tail, token_angles
 from .mla import MLAMoments, mla_moments
 from .rope_split import RopeSplit, half_layout, output_bias, rope_components, split_rope
@@ -243,33 +244,41 @@ def mfa_builder(maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims],
     kronecker, phases = moments.kronecker, moments.phases
     assert phases is not None
     ranked = rope_components(maps, phases)
-    keys = maps.kv_heads * maps.qk_dim
-    joint_svd = WeightedSVD.of(kronecker.gradients, kronecker.inputs)
-    key_svd = joint_svd.under(kronecker.gradients[:keys, :keys])
-    value_svd = joint_svd.under(kronecker.gradients[keys:, keys:])
-    value_factors = value_svd(maps.v.flatten(0, 1))
+    key_maps, values = maps.k.flatten(0, 1), maps.v.flatten(0, 1)
+    keys, svd = len(key_maps), WeightedSVD.of(kronecker.gradients, kronecker.inputs)
+
+    @cache
+    def less_keys() -> Callable[..., Factors]:
+        return svd.under(kronecker.gradients[:keys, :keys]).less(key_maps, keys)
+
+    @cache
+    def value_factors() -> Factors:
+        return svd.under(kronecker.gradients[keys:, keys:])(values)
+
+    @cache
+    def less_both() -> Callable[..., Factors]:
+        return svd.less(torch.cat([key_maps, values]), keys)
 
     def build(dims: MFADims) -> MFA:
         split = split_rope(maps, phases, ranked, dims.qk_rope_head_dim // 2)
         free = dims.head_dim - dims.qk_rope_head_dim
-        stacked = split.k_nope.flatten(0, 1)
+        rotated = split.synthesis.mT, split.k_rope
         if not dims.key_reuse:
-            factors = key_svd(stacked)
+            factors = less_keys()(*rotated, free)
             up, down = _padded(factors.up, free, 1), _padded(factors.down, free, 0)
             v_up, v = (
-                _padded(value_factors.up, dims.head_dim, 1),
-                _padded(value_factors.down, dims.head_dim, 0),
+                _padded(value_factors().up, dims.head_dim, 1),
+                _padded(value_factors().down, dims.head_dim, 0),
             )
             return _assemble(maps, split, kronecker, up, down, v_up, v=v)
-        values = maps.v.flatten(0, 1)
-        factors = joint_svd(torch.cat([stacked, values]))
-        up, down = factors.up[:, :free], factors.down[:free]
+        factors = less_both()(*rotated, free)
+        up, down = factors.up, factors.down
         # Free as well: an invertible mix. v = k + ... must not cancel channels of very large k.
         turned, mix = torch.linalg.qr(down.mT)
         up, down = _padded(up @ mix.mT, free, 1), _padded(turned.mT, free, 0)
         latent = torch.cat([down, split.k_rope])
         # What `up` leaves is read from the whole latent; nothing where no direction is left out.
-        predictor = _regressed(values - up[keys:] @ down, latent, joint_svd.right)
+        predictor = _regressed(values - up[keys:] @ down, latent, svd.right)
         predictor[:, :free] += up[keys:]
         # Orthonormal directions of the values' predictor, and what takes the latent there.
         v_up, reading = torch.linalg.qr(predictor)

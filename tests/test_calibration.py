@@ -15,9 +15,11 @@ from rehead.converters.calibration import (
     output_norms,
     phase_moments,
     probe_gradients,
+    query_factors,
     query_gradients,
     score_importance,
 )
+from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import (
     capped,
     normalised,
@@ -277,6 +279,28 @@ def test_kronecker_does_not_depend_on_the_gradients_unit():
 def test_kronecker_of_no_gradients_is_finite():
     found = kronecker(layers.inputs(2), torch.zeros(2, 24, 5))
     assert all(torch.isfinite(part).all() for part in vars(found).values())
+
+
+@pytest.mark.parametrize("hidden", [20, 32, 48])
+@pytest.mark.parametrize("turned", [False, True])
+def test_queries_are_factorised_under_all_heads_gradients(hidden, turned):
+    """Whether they are more than their inputs, where only their sum is kept, or fewer."""
+    maps, x = layers.maps(hidden=hidden), layers.inputs(3, hidden=hidden)
+    order = torch.randperm(8, generator=seeded()) if turned else None
+    q = maps.q if order is None else maps.q[:, order]
+    found, mean = query_factors(maps.to(torch.float32), q, x, seeded(), order)
+    gradients = query_gradients(maps.to(torch.float32), x, seeded())
+    gradients = gradients if order is None else gradients[..., order]
+    moments = kronecker(x, gradients.flatten(2))
+    wanted = weighted_svd(q.flatten(0, 1), moments.gradients.double(), moments.inputs.double())
+    assert error(mean, moments.mean) < 1e-6
+    assert torch.allclose(found.energy[:16], wanted.energy[:16], rtol=1e-4)
+    for rank in (4, 16):
+        products = [f.up[:, :rank] @ f.down[:rank] for f in (found, wanted)]
+        assert error(*products) < 1e-3
+    # Twin: dims in another order meet other gradients.
+    twin = query_factors(maps.to(torch.float32), q, x, seeded(), torch.arange(8).flip(0))[0]
+    assert not torch.allclose(twin.energy[:16], wanted.energy[:16], rtol=1e-2)
 
 
 @pytest.mark.parametrize("which", ["q", "k"])

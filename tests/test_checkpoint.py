@@ -103,8 +103,8 @@ def test_reading_and_writing_hold_one_tensor_at_a_time(tmp_path):
     def error(how):
         command = [sys.executable, "-c", script, str(tmp_path), how]
         shutil.rmtree(tmp_path / "warm-up", ignore_errors=True)
-        # A block that is freed is given back. glibc learns to keep blocks in its heap instead, where
-        # what is allocated in between makes holes of them.
+        # A block that is freed is given back. glibc learns to keep blocks in its heap instead,
+        # where what is allocated in between makes holes of them.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         return subprocess.run(command, capture_output=True, text=True, env=env).stderr
 

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rehead.converters.lowrank import Factors, WeightedSVD, fix_signs, square_roots, weighted_svd
+from rehead.converters.lowrank import (
+    Factors,
+    WeightedSVD,
+    fix_signs,
+    gram_svd,
+    square_roots,
+    weighted_svd,
+)
 
 
 def draw(*shape, seed=0):
@@ -89,6 +96,24 @@ def test_a_weight_less_a_product_is_factorised_as_such(shape, count, first):
     assert torch.allclose(truncated(factors, full), rest, rtol=0, atol=1e-9)
     if first and count:  # twin: the product is not left in
         assert not torch.allclose(truncated(factors, full), weight, rtol=0, atol=1e-6)
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_of_the_left_moment_only_what_the_weight_makes_of_it_counts(shape):
+    *sides, seed = shape
+    columns, rows = sorted(sides)
+    weight = draw(rows, columns, seed=seed)
+    left, right = moment(rows, seed + 1), moment(columns, seed + 2)
+    found = gram_svd(weight, weight.T @ left @ weight, right)
+    wanted = weighted_svd(weight, left, right)
+    assert torch.allclose(found.energy, wanted.energy, rtol=1e-8, atol=1e-10)
+    for rank in range(columns + 1):
+        off, least = (loss(weight, truncated(f, rank), left, right) for f in (found, wanted))
+        assert off == pytest.approx(least, rel=1e-6, abs=1e-10)
+    if columns > 1:  # twin: another left moment's
+        other = gram_svd(weight, weight.T @ moment(rows, seed + 3, 2.0) @ weight, right)
+        assert not torch.allclose(other.energy, wanted.energy, rtol=1e-4)
 
 
 def test_weights_change_what_is_kept():
