@@ -205,9 +205,10 @@ class Job:
         with self.clock("factorise"):
             moments = load(_moments_file(work, layer), self.device)["moments"]
             form = self.target.builder(maps, moments)(dim)
+            del moments
         with self.clock("fit"):
             before, meant = parameters_of(maps), exactly(maps, form, seen)
-            del maps, moments
+            del maps
             if meant is None:
                 form, closed, error = self._fit(layer, form, seen, self.dtype)
             else:

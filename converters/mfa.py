@@ -307,11 +307,12 @@ def _assemble(
     k_bias = q_bias = None
     if split.k_rope_bias is not None:
         k_bias = torch.cat([down.new_zeros(len(down)), split.k_rope_bias])
-    if split.q_nope_bias is not None and split.q_rope_bias is not None:
-        free = torch.einsum("hef,he->hf", k_up, split.q_nope_bias)
-        q_bias = torch.cat([free, split.q_rope_bias], dim=1)
+    rotated = slice(maps.qk_dim, None)
+    if split.q_bias is not None:
+        free = torch.einsum("hef,he->hf", k_up, split.q_bias[:, : maps.qk_dim])
+        q_bias = torch.cat([free, split.q_bias[:, rotated]], dim=1)
     form = MFA(
-        q=torch.cat([k_up.mT @ split.q_nope, split.q_rope], dim=1),
+        q=torch.cat([k_up.mT @ split.q[:, : maps.qk_dim], split.q[:, rotated]], dim=1),
         k=torch.cat([down, split.k_rope]),
         o=torch.einsum("dhv,hvc->dhc", maps.o, outputs),
         rope_pairs=split.rope_pairs,

@@ -497,7 +497,7 @@ def decoupled_mla(
     if split.k_rope_bias is not None:
         bias = torch.cat([down.new_zeros(len(down)), split.k_rope_bias])
     return MLA(
-        q=torch.cat([split.q_nope, split.q_rope], dim=1),
+        q=split.q,
         kv_a=rows,
         kv_b=kv_b,
         o=maps.o,
@@ -506,7 +506,7 @@ def decoupled_mla(
         scaling=maps.scaling,
         window=maps.window,
         softcap=maps.softcap,
-        q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
+        q_bias=split.q_bias,
         kv_a_bias=bias,
         energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
@@ -526,7 +526,7 @@ def read_key_mla(
     if split.k_rope_bias is not None:
         bias = bias + split.k_rope_bias
     return MLA(
-        q=torch.cat([split.q_nope, split.q_rope], dim=1),
+        q=split.q,
         kv_a=down,
         kv_b=kv_b,
         o=maps.o,
@@ -538,7 +538,7 @@ def read_key_mla(
         rope_on_read=True,
         k_rope=k_rope,
         k_rope_bias=bias,
-        q_bias=_join_bias(split.q_nope_bias, split.q_rope_bias),
+        q_bias=split.q_bias,
         kv_b_bias=kv_b.new_zeros(kv_b.shape[:2]),
         energy=tuple(factors.energy.tolist()),
         o_bias=output_bias(maps, kv_b[:, nope:] @ down, mean),
@@ -648,7 +648,3 @@ def _side_by_side(count: int) -> Tensor:
 
 def _flat(bias: Float[Tensor, "H E"] | None) -> Tensor | None:
     return None if bias is None else bias.flatten()
-
-
-def _join_bias(nope: Tensor | None, rope: Tensor | None) -> Tensor | None:
-    return None if nope is None or rope is None else torch.cat([nope, rope], dim=1)

@@ -1,7 +1,7 @@
 """Which of a layer's key pairs keep RoPE, and what the others become without it.
 
 Letters: H query heads, G KV heads, E head width, P = E/2 pairs, V value width, D hidden size,
-C = G P components, n of them rotated, R = 2n rotated dims.
+C = G P components, n of them rotated, R = 2n rotated dims, Q = E + R.
 """
 
 from collections.abc import Sequence
@@ -24,24 +24,22 @@ class RopeSplit:
     """A layer whose n strongest components keep RoPE, before anything is of low rank.
 
     Args:
-        q_rope, k_rope: the rotated components of every query head, and of the one shared key.
-        q_nope: queries without RoPE, times the mean phase.
+        q: every head's queries [without RoPE, times the mean phase | rotated components].
+        k_rope: the rotated components of the one shared key.
         k_nope: what the kept components leave of the keys.
         rope_pairs: frequency index of each kept component.
         removed: J-weighted squared score error that each dropped component costs, in total.
         synthesis: the rotated key's part in all keys, whose transpose takes their gradients to its.
     """
 
-    q_rope: Float[Tensor, "H R D"]
+    q: Float[Tensor, "H Q D"]
     k_rope: Float[Tensor, "R D"]
-    q_nope: Float[Tensor, "H E D"]
     k_nope: Float[Tensor, "G E D"]
     rope_pairs: tuple[int, ...]
     removed: float
     synthesis: Float[Tensor, "R GE"]
-    q_rope_bias: Float[Tensor, "H R"] | None = None
+    q_bias: Float[Tensor, "H Q"] | None = None
     k_rope_bias: Float[Tensor, " R"] | None = None
-    q_nope_bias: Float[Tensor, "H E"] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,36 +168,41 @@ def split_rope(
     maps: AttentionMaps, moments: PhaseMoments, components: Components, count: int
 ) -> RopeSplit:
     """Keeps the rotation of the first `count` components and removes the others'."""
-    groups, repeats, half = maps.kv_heads, maps.repeats, maps.qk_dim // 2
+    groups, repeats, width = maps.kv_heads, maps.repeats, maps.qk_dim
     keys = _complex(augmented(maps.k, maps.k_bias))
     queries = _complex(augmented(maps.q, maps.q_bias))
     rest = keys.clone()
     k_rope = keys.new_empty(count, keys.shape[-1])
-    q_rot = maps.q.new_empty(maps.heads, 2 * count, queries.shape[-1])  # the largest of all
+    q = maps.q.new_empty(maps.heads, width + 2 * count, maps.hidden)  # the largest of all
+    q_bias = None if maps.q_bias is None else q.new_empty(q.shape[:2])
+    q[:, :width], free_bias = position_free_queries(maps, moments)
+    if q_bias is not None and free_bias is not None:
+        q_bias[:, :width] = free_bias
     for j in range(count):
         pair, synthesis = components.pair[j], components.synthesis[j]
         z = components.analysis[j] @ keys[:, pair]
         rest[:, pair] -= synthesis[:, None] * z
         k_rope[j] = z
-        q = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
-        q_rot[:, j], q_rot[:, count + j] = q.real, q.imag
+        turned = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
+        for place, part in ((width + j, turned.real), (width + count + j, turned.imag)):
+            q[:, place] = part[:, :-1]
+            if q_bias is not None:
+                q_bias[:, place] = part[:, -1]
     # A frequency of which every component is kept leaves nothing but rounding.
-    kept = torch.bincount(torch.tensor(components.pair[:count], dtype=torch.long), minlength=half)
+    kept = torch.bincount(
+        torch.tensor(components.pair[:count], dtype=torch.long), minlength=width // 2
+    )
     rest[:, kept == groups] = 0
     k_rot = _real(k_rope)
-    q_nope, q_nope_bias = position_free_queries(maps, moments)
-    has_q, has_k = maps.q_bias is not None, maps.k_bias is not None
     return RopeSplit(
-        q_rope=q_rot[..., :-1],
+        q=q,
         k_rope=k_rot[..., :-1],
-        q_nope=q_nope,
         k_nope=_real(rest)[..., :-1],  # its bias shifts all scores of a query alike: no effect
         rope_pairs=components.pair[:count],
         removed=float(components.cost[count:].sum()),
-        synthesis=_synthesis(components, count, half),
-        q_rope_bias=q_rot[..., -1] if has_q else None,
-        k_rope_bias=k_rot[..., -1] if has_k else None,
-        q_nope_bias=q_nope_bias,
+        synthesis=_synthesis(components, count, width // 2),
+        q_bias=q_bias,
+        k_rope_bias=None if maps.k_bias is None else k_rot[..., -1],
     )
 
 

@@ -192,8 +192,8 @@ class LayerStream:
         base = self.skeleton.base_model
         module = base.get_input_embeddings()
         name = next(n for n, m in self.skeleton.named_modules() if m is module)
-        table = self.source.tensor(self._stored(f"{name}.weight")).float()
-        hidden = nn.functional.embedding(self.tokens, table)
+        table = self.source.tensor(self._stored(f"{name}.weight"))
+        hidden = nn.functional.embedding(self.tokens, table).float()
         hidden *= self.family.embed_scale(self.source.config)
         if self.family.positions is not None:
             first = self.family.first_position
