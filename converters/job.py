@@ -96,8 +96,9 @@ class Job:
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:
         """Moves the stream on by a layer, and keeps what is not known of it yet."""
-        seen = stream.advance(layer)
-        if file.exists() or not self.processes.takes(layer):
+        mine = self.processes.takes(layer) and not file.exists()
+        seen = stream.advance(layer, keep=mine)
+        if not mine:
             return
         maps = stream.maps(layer).to(self.precision)
         fitting, measured = hold_out(seen)
@@ -183,11 +184,12 @@ class Job:
         stream = self._stream(tokens, self.dtype == torch.bfloat16, copy)
         stage = "heal" if self.recipe.heal else "factorise"
         for layer, dim in enumerate(dims):
-            seen = stream.advance(layer)
+            file, mine = _fitted_file(work, layer), self.processes.takes(layer)
+            new = mine and not file.exists()
+            seen = stream.advance(layer, keep=new)
             info = {}
-            if self.processes.takes(layer):
-                file = _fitted_file(work, layer)
-                if not file.exists():
+            if mine:
+                if new:
                     self._fit_layer(stream.maps(layer), layer, dim, seen, work)
                 form, _, error, _ = load(file, self.device)
                 self._tensors(stream, layer, form, dtype)  # refused now, not when all are fitted

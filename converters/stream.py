@@ -54,7 +54,7 @@ class LayerStream:
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module | None = field(init=False, repr=False)
-    # The attention's tensors of the layer that was run last, until its maps are asked for.
+    # The attention's tensors of the layer that was run last, where its maps will be asked for.
     _attention: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class LayerStream:
         return named if hasattr(self.rotary, named) else name
 
     def maps(self, layer: int) -> AttentionMaps:
-        """The layer's attention, in float64; of the layer run last it is not read again."""
+        """The layer's attention, in float64; what `advance` has kept of it is not read again."""
         prefix = self.family.prefix(layer)
         config = self.source.config
         rope = self.inv_freq(layer), self.attention_factor(layer)
@@ -115,13 +115,18 @@ class LayerStream:
             return self.family.read(config, tensors, *rope, window(config, layer))
 
     @torch.no_grad()
-    def advance(self, layer: int) -> Activations:
-        """Runs one layer, which must be the next one, and says what its attention saw and did."""
+    def advance(self, layer: int, keep: bool = False) -> Activations:
+        """Runs one layer, which must be the next one, and says what its attention saw and did.
+
+        Args:
+            keep: the attention's tensors, for `maps`.
+        """
         with self.clock("read"):
             if self.hidden is None:
                 self.hidden = self._embed()
-            self._attention.clear()
             module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
+            if not keep:
+                self._attention.clear()
         with self.clock("forward"):
             return self._run(module, layer)
 

@@ -54,8 +54,9 @@ def verify(
         seen = stream.advance(layer)
         x = seen.x.to(form.inv_freq.device)
         meant = attention(reader_in(form, torch.float32), x)
-        stored = {name: t.to(dtype) for name, t in form.tensors().items()}
+        stored = {name: t.to(dtype).to(torch.float32) for name, t in form.tensors().items()}
         rounded = attention(reader_in(replace(form, **stored), torch.float32), x)
+        del stored  # before the next layer is run
         off, allowed = _distance(seen.y.to(x), meant), _distance(rounded, meant)
         if not off <= ROUNDING + OF_DTYPE * allowed:
             raise WrittenWrongly(
