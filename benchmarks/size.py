@@ -66,16 +66,16 @@ def write(
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     shards: dict[str, list[str]] = {}
-    for name in shapes:
+    for name in sizes:
         part = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(part, []).append(name)
     where, total = {}, 0
     for index, names in enumerate(track(shards.values(), "writing"), 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _weight(shapes[name], generator) for name in names}
+        tensors = {name: _weight(sizes[name], generator) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -21,8 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import family_of
-from .job import Job, Progress
-from .job import cast as cast_tensor
+from .job import Job, Progress, cast
 from .memory import peak_rss_bytes
 from .model_card import model_card
 from .plan import parse_budget
@@ -137,14 +136,14 @@ def convert(
         check_output(output, force=force, protect=source.path)
         family = family_of(source.config)
         target = target_of(source.config, recipe)
-        cast, where = target_dtype(dtype, source), target_device(device, processes)
+        stored_dtype, where = target_dtype(dtype, source), target_device(device, processes)
         tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
     progress = progress if progress and processes.first else _silent
     job = Job(source, family, recipe, target, where, progress, processes)
 
     def result(folder: Path | None, widths: list[int], layers: list[LayerReport]) -> Conversion:
-        scale = cast.itemsize
+        scale = stored_dtype.itemsize
         parameters = zip(*(layer.parameters for layer in layers if layer.parameters), strict=True)
         names = ("source", "converted")
         return Conversion(
@@ -172,7 +171,7 @@ def convert(
     place = output.with_name(f".{output.name}.work")
     if not processes.first:
         processes.wait()  # until the folder is there
-        job.fit(tokens, job.survey(tokens, place), place, cast)
+        job.fit(tokens, job.survey(tokens, place), place, stored_dtype)
         return processes.of_first()
     note = resume_note(recipe, source, tokens, where)
     with (
@@ -188,18 +187,18 @@ def convert(
 
         def copy(name: str, tensor: Tensor) -> None:
             with job.clock("write"):
-                writer.add(name, tensor if dtype is None else cast_tensor(name, tensor, cast))
+                writer.add(name, tensor if dtype is None else cast(name, tensor, stored_dtype))
 
         processes.wait()
         dims = job.survey(tokens, work)
-        job.fit(tokens, dims, work, cast, copy)
+        job.fit(tokens, dims, work, stored_dtype, copy)
         widths = [dim.width for dim in dims]
-        layers, biases = job.write(tokens, dims, work, writer, cast, copy)
-        config = converted_config(target, recipe, layers, biases, cast)
+        layers, biases = job.write(tokens, dims, work, writer, stored_dtype, copy)
+        config = converted_config(target, recipe, layers, biases, stored_dtype)
         config.save_pretrained(writer.folder)
         copy_side_files(source, writer.folder)
         writer.close()
-        job.verify(writer.folder, work, tokens, cast)
+        job.verify(writer.folder, work, tokens, stored_dtype)
         card = model_card(result(output, widths, layers), source.config)
         writer.finish({"README.md": card})
     return processes.of_first(result(output, widths, layers))

@@ -25,7 +25,7 @@ from .plan import TRIED_WIDTHS, spend
 from .processes import Processes
 from .recipe import LayerReport, Recipe
 from .refit import refit_output
-from .stream import Copy, LayerStream, leave
+from .stream import LayerStream, OnTensor, ignore
 from .targets import Dims, Target
 from .verify import verify
 from .work import load, save
@@ -92,7 +92,7 @@ class Job:
             release()
             self.progress("survey", layer + 1, self.layers, {})
         self.processes.wait()
-        return self.processes.of_first(self._dims(stream, files) if self.processes.first else None)
+        return self.processes.of_first(self._dims(files) if self.processes.first else None)
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:
         """Moves the stream on by a layer, and keeps what is not known of it yet."""
@@ -105,6 +105,7 @@ class Job:
         with self.clock("statistics"):
             moments = self.target.moments(maps, fitting.x, self._generator(layer))
             moments = in_precision(moments, torch.float32)
+            asked = self.target.asked(maps, moments)
         fitting = fitting[:REFIT_SEQUENCES].until(COMPARED_TOKENS)
         measured = measured.until(COMPARED_TOKENS)
         del seen  # the largest thing in memory
@@ -113,7 +114,7 @@ class Job:
         if self.target.fixed is None:
             with self.clock("compare dims"):
                 curve, share = self._measure(maps.to(torch.float32), moments, fitting, measured)
-        save(file, {"moments": moments, "curve": curve, "share": share})
+        save(file, {"moments": moments, "curve": curve, "share": share, "asked": asked})
 
     def _measure(
         self, maps: AttentionMaps, moments: Any, fitting: Activations, measured: Activations
@@ -141,19 +142,12 @@ class Job:
                     curve[width] = error(width, share)
         return curve, share
 
-    def _dims(self, stream: LayerStream, files: list[Path]) -> Sequence[Dims]:
+    def _dims(self, files: list[Path]) -> Sequence[Dims]:
         """Every layer's, from all surveys."""
-        curves, shares = [], []
-        for file in files:
-            saved = load(file, torch.device("cpu"))  # moments stay on disk
-            curves.append(saved["curve"])
-            shares.append(saved["share"])
+        surveys = [load(file, torch.device("cpu")) for file in files]  # moments stay on disk
+        curves, shares, asked = ([s[key] for s in surveys] for key in ("curve", "share", "asked"))
         dims = list(self.target.fixed or self._spend(curves, shares))
-        if not self.recipe.native:
-            return dims
-        moments = (load(file, self.device)["moments"] for file in files)
-        layers = ((stream.maps(i), moment) for i, moment in enumerate(moments))
-        return self.target.shared(dims, layers)
+        return self.target.shared(dims, asked)
 
     def _spend(self, curves: Sequence[dict[int, float]], shares: Sequence[float]) -> list[Dims]:
         target, mean = self.target, self.target.width
@@ -170,7 +164,7 @@ class Job:
         dims: Sequence[Dims],
         work: Path,
         dtype: torch.dtype,
-        copy: Copy = leave,
+        copy: OnTensor = ignore,
     ) -> None:
         """Fits every layer to its dims and heals it; what comes of it is kept in `work`.
 
@@ -216,9 +210,8 @@ class Job:
             else:
                 form, closed, error = self._fit(layer, form, meant, torch.float32)
         save(_fitted_file(work, layer), (self.target.settled(form, seen.x), closed, error, before))
-        if not self.recipe.native:  # which asks all layers' again
-            known = _moments_file(work, layer)
-            save(known, load(known, torch.device("cpu")) | {"moments": None})
+        known = _moments_file(work, layer)
+        save(known, load(known, torch.device("cpu")) | {"moments": None})
 
     def _tensors(
         self, stream: LayerStream, layer: int, form: Any, dtype: torch.dtype
@@ -239,7 +232,7 @@ class Job:
         work: Path,
         writer: Writer,
         dtype: torch.dtype,
-        copy: Copy,
+        copy: OnTensor,
     ) -> tuple[list[LayerReport], dict[str, bool]]:
         """Writes the fitted layers, and what stays and is not written yet.
 
@@ -314,9 +307,11 @@ class Job:
         error = output_error(fitted, measured, heads).relative
         return (fitted, closed, error) if error < closed else (form, closed, closed)
 
-    def _stream(self, tokens: Tensor, low_precision: bool, passing: Copy = leave) -> LayerStream:
+    def _stream(
+        self, tokens: Tensor, low_precision: bool, on_tensor: OnTensor = ignore
+    ) -> LayerStream:
         return LayerStream(
-            self.source, self.family, tokens, self.device, low_precision, self.clock, passing
+            self.source, self.family, tokens, self.device, low_precision, self.clock, on_tensor
         )
 
     def _generator(self, layer: int) -> torch.Generator:

@@ -21,11 +21,11 @@ from .maps import AttentionMaps, visible
 # Tokens sent through a layer at a time.
 TOKENS_AT_ONCE = 4096
 
-Copy = Callable[[str, Tensor], object]
+OnTensor = Callable[[str, Tensor], object]
 
 
-def leave(name: str, tensor: Tensor) -> None:
-    """Does nothing with a tensor that passes."""
+def ignore(name: str, tensor: Tensor) -> None:
+    """Does nothing with the tensor."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class LayerStream:
         device: where the layers run.
         low_precision: matrix products in bfloat16; the residual stream stays in float32.
         clock: counts the seconds of "read" and "forward".
-        passing: is shown what is read of each layer beside its attention, name and tensor as they
-            are stored.
+        on_tensor: called with the name and every tensor, as it is stored, that is read of a layer
+            beside its attention.
         hidden: the residual stream entering the next layer; None before the first.
     """
 
@@ -50,12 +50,12 @@ class LayerStream:
     device: torch.device
     low_precision: bool = False
     clock: Clock = field(default_factory=Clock, repr=False)
-    passing: Copy = field(default=leave, repr=False)
+    on_tensor: OnTensor = field(default=ignore, repr=False)
     hidden: Float[Tensor, "N T D"] | None = None
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module | None = field(init=False, repr=False)
-    # The attention's tensors of the layer that was run last, where its maps will be asked for.
-    _attention: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    # The attention's tensors of the layer that was run last, for its maps; None where not kept.
+    _attention: dict[str, Tensor] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         config = self.source.config
@@ -124,9 +124,8 @@ class LayerStream:
         with self.clock("read"):
             if self.hidden is None:
                 self.hidden = self._embed()
+            self._attention = {} if keep else None
             module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
-            if not keep:
-                self._attention.clear()
         with self.clock("forward"):
             return self._run(module, layer)
 
@@ -256,16 +255,16 @@ class LayerStream:
         )
 
     def _read(self, prefix: str, name: str) -> Tensor:
-        """A layer's tensor as it is stored, kept or shown to `passing`."""
+        """A layer's tensor as it is stored, kept or given to `on_tensor`."""
         tensor = self.source.tensor(prefix + name)
-        if name.startswith(f"{self.family.attention}."):
+        if not name.startswith(f"{self.family.attention}."):
+            self.on_tensor(prefix + name, tensor)
+        elif self._attention is not None:
             self._attention[prefix + name] = tensor
-        else:
-            self.passing(prefix + name, tensor)
         return tensor
 
     def _of_attention(self, name: str) -> Tensor:
-        kept = self._attention.pop(name, None)
+        kept = (self._attention or {}).pop(name, None)
         return self.source.tensor(name) if kept is None else kept
 
 

@@ -1,7 +1,7 @@
 """The forms as a conversion wants them: what a cache may hold, and how a layer is built from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -21,7 +21,12 @@ from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
 from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
 from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
-from .rope_split import rope_components, shared_rope_pairs, standard_rope_pairs
+from .rope_split import (
+    Components,
+    rope_components,
+    shared_rope_pairs,
+    standard_rope_pairs,
+)
 
 ROPES = ("decoupled", "on-read")
 PRESETS = ("engine",)
@@ -115,8 +120,16 @@ class Target(ABC):
         """A finished layer's dims by name, with those chosen while it was built."""
         return dims.named()
 
-    def shared(self, dims: list[Any], layers: Iterable[tuple[AttentionMaps, Any]]) -> list[Any]:
-        """The dims with what all layers must have in common."""
+    def asked(self, maps: AttentionMaps, moments: Any) -> Any:
+        """What `shared` asks of a layer."""
+        return None
+
+    def shared(self, dims: list[Any], asked: Sequence[Any]) -> list[Any]:
+        """The dims with what all layers must have in common.
+
+        Args:
+            asked: of every layer.
+        """
         return dims
 
     @abstractmethod
@@ -213,16 +226,18 @@ class MLATarget(Target):
     def settled(self, form: MLA, x) -> MLA:
         return form.settled(x).balanced()
 
-    def shared(self, dims, layers) -> list[LayerDims]:
+    def asked(self, maps, moments) -> tuple[Components, Tensor] | None:
+        if not self.recipe.native:
+            return None
+        return rope_components(maps, moments.phases), maps.inv_freq
+
+    def shared(self, dims, asked) -> list[LayerDims]:
         if not self.recipe.native:
             return dims
-        ranked = []
-        for maps, moments in layers:
-            ranked.append(rope_components(maps, moments.phases))
-            inv_freq = maps.inv_freq
+        ranked = [components for components, _ in asked]
         count = dims[0].qk_rope_head_dim // 2
         if self.engine:
-            pairs = standard_rope_pairs(ranked, count, inv_freq)
+            pairs = standard_rope_pairs(ranked, count, asked[0][1])
         else:
             pairs = shared_rope_pairs(ranked, count)
         return [replace(dim, rope_pairs=pairs) for dim in dims]

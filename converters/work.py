@@ -28,9 +28,10 @@ from .gqa import GQA, GQAMoments
 from .mfa import MFA
 from .mla import MLA, MLAMoments
 from .processes import OtherFailed
+from .rope_split import Components
 from .writer import NO_SPACE
 
-KEPT: list[Any] = [GQA, GQAMoments, Kronecker, MFA, MLA, MLAMoments, PhaseMoments]
+KEPT: list[Any] = [Components, GQA, GQAMoments, Kronecker, MFA, MLA, MLAMoments, PhaseMoments]
 
 MARKER = "recipe.json"
 OURS = re.compile(r"recipe\.json|(moments|fitted)-\d+\.(pt|partial)|model")
