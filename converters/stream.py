@@ -4,13 +4,17 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ..modeling.cached_decoding import cache_argument
 from .activations import Activations
 from .checkpoint import Source
 from .clock import Clock
@@ -42,6 +46,7 @@ class LayerStream:
         on_tensor: called with the name and every tensor, as it is stored, that is read of a layer
             beside its attention.
         hidden: the residual stream entering the next layer; None before the first.
+        decoded: what attention gave when the last `advance` decoded tokens, [decode, D].
     """
 
     source: Source
@@ -52,6 +57,7 @@ class LayerStream:
     clock: Clock = field(default_factory=Clock, repr=False)
     on_tensor: OnTensor = field(default=ignore, repr=False)
     hidden: Float[Tensor, "N T D"] | None = None
+    decoded: Float[Tensor, "T D"] | None = field(init=False, repr=False, default=None)
     skeleton: PreTrainedModel = field(init=False, repr=False)
     rotary: nn.Module | None = field(init=False, repr=False)
     # The attention's tensors of the layer that was run last, for its maps; None where not kept.
@@ -115,11 +121,13 @@ class LayerStream:
             return self.family.read(config, tensors, *rope, window(config, layer))
 
     @torch.no_grad()
-    def advance(self, layer: int, keep: bool = False) -> Activations:
+    def advance(self, layer: int, keep: bool = False, decode: int = 0) -> Activations:
         """Runs one layer, which must be the next one, and says what its attention saw and did.
 
         Args:
             keep: the attention's tensors, for `maps`.
+            decode: so many tokens at the end of the first sequence are also run one by one, with
+                the tokens before them in a cache, for `decoded`.
         """
         with self.clock("read"):
             if self.hidden is None:
@@ -127,7 +135,52 @@ class LayerStream:
             self._attention = {} if keep else None
             module = self._load(self.skeleton.get_submodule(f"{self.family.layers}.{layer}"), layer)
         with self.clock("forward"):
-            return self._run(module, layer)
+            try:
+                if decode:
+                    self.decoded = self._decode(module, layer, decode)
+                return self._run(module, layer)
+            finally:
+                module.to("meta")
+
+    def _decode(self, module: nn.Module, layer: int, count: int) -> Float[Tensor, "T D"]:
+        """What attention gives for the first sequence's last tokens, through a cache."""
+        assert self.hidden is not None
+        hidden = self.hidden[:1].to(self.device)
+        prompt = hidden.shape[1] - count
+        carried = {cache_argument(module): DynamicCache(config=self.skeleton.config)}
+        with self._watched(module) as seen:
+            for start, stop in pairwise([0, *range(prompt, prompt + count + 1)]):
+                # A cache holds no more than the layer's window: a step may see all of it.
+                mask = self._mask(layer, stop) if start == 0 else None
+                piece = hidden[:, start:stop]
+                module(piece, **self._given(layer, piece, mask, start), **carried)
+        return torch.cat([y[0] for _, y in seen[1:]]).cpu()
+
+    @contextmanager
+    def _watched(self, module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """A list that gets what the layer's attention reads and gives, at every call."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = module.get_submodule(self.family.attention).register_forward_hook(
+            lambda _, args, kwargs, out: seen.append(
+                (args[0] if args else kwargs["hidden_states"], out[0])
+            ),
+            with_kwargs=True,
+        )
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _given(self, layer: int, batch: Tensor, mask: Tensor | None, start: int) -> dict[str, Any]:
+        """A layer's arguments beside its input [B, T, D], whose first token stands at `start`."""
+        positions = torch.arange(start, start + batch.shape[1], device=self.device)[None]
+        given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
+        if self.rotary is not None:
+            # Where each kind of layer has frequencies of its own, they are asked for by its name.
+            kinds = hasattr(self.rotary, "layer_types")
+            kind = [layer_kind(self.source.config, layer)] if kinds else []
+            given["position_embeddings"] = self.rotary(batch, positions, *kind)
+        return given
 
     def _run(self, module: nn.Module, layer: int) -> Activations:
         assert self.hidden is not None
@@ -135,24 +188,11 @@ class LayerStream:
         weights = self.hidden.new_empty(self.tokens.shape)
         config = self.source.config
         parallel, post_norm = self.family.parallel(config), self.family.post_norm
-        # Where each kind of layer has frequencies of its own, they are asked for by its name.
-        kind = [layer_kind(config, layer)] if hasattr(self.rotary, "layer_types") else []
-        mask = self._mask(layer)
-        seen: list[tuple[Tensor, Tensor]] = []
-        attention = module.get_submodule(self.family.attention)
-        handle = attention.register_forward_hook(
-            lambda _, args, kwargs, out: seen.append(
-                (args[0] if args else kwargs["hidden_states"], out[0])
-            ),
-            with_kwargs=True,
-        )
-        try:
+        mask = self._mask(layer, self.tokens.shape[1])
+        with self._watched(module) as seen:
             for rows in self._rows():
                 batch = self.hidden[rows].to(self.device)
-                positions = torch.arange(batch.shape[1], device=self.device)[None]
-                given = {"attention_mask": mask, "position_ids": positions}
-                if self.rotary is not None:
-                    given["position_embeddings"] = self.rotary(batch, positions, *kind)
+                given = self._given(layer, batch, mask, 0)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
                     out = module(batch, **given)
                 out = (out[0] if isinstance(out, tuple) else out).cpu()
@@ -164,9 +204,6 @@ class LayerStream:
                 before, after = (_energy(z).cpu() for z in (does, added))
                 weights[rows] = after / before / _energy(stream)
                 self.hidden[rows] = out
-        finally:
-            handle.remove()
-            module.to("meta")
         if not (self.hidden.isfinite().all() and y.isfinite().all()):
             raise InputError(
                 f"{self.source.path}: layer {layer} gives values that are not finite on the "
@@ -174,9 +211,9 @@ class LayerStream:
             )
         return Activations(*(part.to(self.device) for part in (x, y, weights)))
 
-    def _mask(self, layer: int) -> Tensor | None:
+    def _mask(self, layer: int, length: int) -> Tensor | None:
         """What the layer's attention is given: None for plainly causal."""
-        length, slides = self.tokens.shape[1], window(self.source.config, layer)
+        slides = window(self.source.config, layer)
         eager = self.skeleton.config._attn_implementation == "eager"
         if not eager and (slides is None or slides >= length):
             return None

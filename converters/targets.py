@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import modeling
@@ -50,6 +50,7 @@ class Target(ABC):
         title: the form's full name.
         options: the recipe's fields that only some forms know, of which this one does.
         default_budget: the share of the source's cache that is kept when nothing is said.
+        classes: the form's classes by family.
         stock: the family's own class holds it.
         source: numbers the source caches per token and layer.
         keys, rotatable: how many of them are keys', and how many of those are rotated.
@@ -62,6 +63,7 @@ class Target(ABC):
 
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
+    classes: ClassVar[dict[str, modeling.Classes]]
     default_budget: ClassVar[float] = 0.5
     stock: bool = False
     splits: Sequence[float] = (0.0,)
@@ -87,6 +89,11 @@ class Target(ABC):
             )
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
+
+    @property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """rehead's class that holds the converted model; None where it is the family's own."""
+        return None if self.stock else self.classes[self.config.model_type][2]
 
     @abstractmethod
     def dims(self, width: int, share: float) -> Dims:
@@ -146,6 +153,7 @@ class Target(ABC):
 class MLATarget(Target):
     title = "multi-head latent attention (MLA)"
     options = frozenset({"kv_lora_rank", "qk_rope_head_dim", "q_lora_rank"})
+    classes = modeling.MLA_CLASSES
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
@@ -243,7 +251,7 @@ class MLATarget(Target):
         return [replace(dim, rope_pairs=pairs) for dim in dims]
 
     def config_of(self, layers, fields) -> PretrainedConfig:
-        config_class, _, causal_lm = modeling.MLA_CLASSES[self.config.model_type]
+        config_class, _, causal_lm = self.classes[self.config.model_type]
         return config_class(
             **fields,
             **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
@@ -271,6 +279,7 @@ class GQADims:
 class GQATarget(Target):
     title = "grouped-query attention (GQA)"
     options = frozenset({"num_key_value_heads", "pooling"})
+    classes = modeling.GQA_CLASSES
     stock = True
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
@@ -318,7 +327,7 @@ class GQATarget(Target):
     def config_of(self, layers, fields) -> PretrainedConfig:
         """The family's own class, that any engine loads, where it knows fewer KV heads."""
         if not self.stock:
-            config_class, _, causal_lm = modeling.GQA_CLASSES[self.config.model_type]
+            config_class, _, causal_lm = self.classes[self.config.model_type]
             return config_class(**fields | layers[0].dims, architectures=[causal_lm.__name__])
         # The stock class has one flag for biases, and the form has them where the source does.
         fields = {k: v for k, v in fields.items() if k not in ("q_bias", "k_bias", "o_bias")}
@@ -340,6 +349,7 @@ class MQATarget(GQATarget):
 class MFATarget(Target):
     title = "multi-matrix factorization attention (MFA)"
     options = frozenset({"head_dim", "share_q_dim", "qk_rope_head_dim"})
+    classes = modeling.MFA_CLASSES
     key_reuse = False
     splits: Sequence[float] = (0.4, 0.6, 0.8)
 
@@ -408,7 +418,7 @@ class MFATarget(Target):
         return dims.named() | {"share_q_dim": form.share_q_dim}
 
     def config_of(self, layers, fields) -> PretrainedConfig:
-        config_class, _, causal_lm = modeling.MFA_CLASSES[self.config.model_type]
+        config_class, _, causal_lm = self.classes[self.config.model_type]
         names = {"head_dim": "mfa_head_dim", "qk_rope_head_dim": None, "share_q_dim": None}
         return config_class(
             **fields,

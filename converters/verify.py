@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..modeling.cached_decoding import WrongDecoding, distance, remedy
 from .checkpoint import open_source
 from .families import Family
 from .healing import Form, reader_in
@@ -15,6 +16,8 @@ from .stream import LayerStream
 
 # The tokens of one calibration sequence that are run: positions enough for a wrong RoPE to show.
 TOKENS = 256
+# So many of them are also decoded one by one, through a cache.
+DECODED = 2
 # Relative distance of two float32 computations of one attention layer.
 ROUNDING = 1e-3
 # Beyond it, so many times what the layer's own maps lose by being stored in the dtype.
@@ -38,7 +41,8 @@ def verify(
 
     The model is the one that the Auto class makes of the folder's config.json, its weights are read
     back from the folder's files, and it runs from the embedding on: with one layer in memory, for
-    it may be larger than that. A layer's output is compared with its form's maps on the same input.
+    it may be larger than that. A layer's output is compared with its form's maps on the same input,
+    and then its last tokens, decoded one by one through a cache, with the same tokens without one.
 
     Args:
         forms: what every layer was meant to be.
@@ -48,25 +52,28 @@ def verify(
     Raises:
         InputError: the folder lacks a weight, or has one of the wrong shape.
         WrittenWrongly: a layer is off by more than rounding explains.
+        WrongDecoding: a layer gives something else through a cache than without one.
     """
     stream = LayerStream(open_source(folder), family, tokens[:1, :TOKENS], device)
     for layer, form in enumerate(forms):
-        seen = stream.advance(layer)
+        steps = min(DECODED, stream.tokens.shape[1] - 1)
+        seen = stream.advance(layer, decode=steps)
         x = seen.x.to(form.inv_freq.device)
         meant = attention(reader_in(form, torch.float32), x)
         stored = {name: t.to(dtype).to(torch.float32) for name, t in form.tensors().items()}
         rounded = attention(reader_in(replace(form, **stored), torch.float32), x)
         del stored  # before the next layer is run
-        off, allowed = _distance(seen.y.to(x), meant), _distance(rounded, meant)
+        off, allowed = distance(seen.y.to(x), meant), distance(rounded, meant)
         if not off <= ROUNDING + OF_DTYPE * allowed:
             raise WrittenWrongly(
                 f"layer {layer} as written is {off:.2g} of its output away from what it was "
                 f"fitted to, and {dtype} explains {allowed:.2g}; nothing is put in place"
             )
+        if steps:
+            apart = distance(stream.decoded, seen.y[0, -steps:].cpu())
+            if not apart <= ROUNDING:
+                raise WrongDecoding(
+                    f"layer {layer} gives something else through a cache than without one, "
+                    f"{apart:.2g} of its output away; nothing is put in place. {remedy()}"
+                )
         yield off
-
-
-def _distance(found: Tensor, meant: Tensor) -> float:
-    found, meant = found.double(), meant.double()
-    # A layer that adds nothing has nothing to be relative to.
-    return float((found - meant).norm() / meant.norm().clamp_min(1e-12))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..modeling.cached_decoding import cache_of
+
 # Two lengths whose difference counts: what does not grow with the text is no cost of a token.
 LENGTHS = (16, 48)
 
@@ -34,7 +36,7 @@ def cache_bytes_of_config(config: PretrainedConfig) -> int:
 def _cache_bytes(model: Any, length: int) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(length, device=model.device).remainder(vocabulary)[None]  # [1, length]
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids, use_cache=True))
     if cache is None:
         return 0
     storages = {}

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from .cached_decoding import take_cache
 from .rope_slots import rotate
 
 # Position embeddings where layers are given none.
@@ -44,6 +45,22 @@ class ConvertedAttention(nn.Module):
     def init_own(self):
         """Fill what no submodule holds."""
         init.copy_(self.rope_index, self.make_rope_index())
+
+    def _take_cache(self, cache, kwargs):
+        """The cache that the layer handed over, taken out of `kwargs`, or None.
+
+        Raises:
+            TypeError: a cache stands under a name that is not known.
+            ValueError: the cache has pages of keys and values, as that of `generate_batch`.
+        """
+        cache = take_cache(type(self).__name__, cache, kwargs)
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise ValueError(
+                f"{type(cache).__name__} holds pages of keys and values of one width, and "
+                f"{type(self).__name__} caches no keys and values. Use generate in place of "
+                "generate_batch."
+            )
+        return cache
 
     def _select(self, angles):
         """The rotated components' own of cos and sin, each [..., d_r / 2]."""

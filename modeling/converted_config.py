@@ -1,8 +1,33 @@
 """Configuration fields of a converted model, shared by every form and family."""
 
-from typing import Any, ClassVar
+from dataclasses import fields
+from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
+
+# Of a model with a few thousand parameters, whichever of these fields its family has.
+TINY = dict(
+    vocab_size=32,
+    hidden_size=32,
+    intermediate_size=32,
+    ffn_dim=32,
+    word_embed_proj_dim=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    num_experts=2,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    initializer_range=0.3,  # a small one would leave attention flat
+    init_std=0.3,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
 
 
 class ConvertedConfigMixin(PreTrainedConfig):
@@ -25,6 +50,8 @@ class ConvertedConfigMixin(PreTrainedConfig):
     attention_tp_plan: ClassVar[dict[str, str]] = {}
     # The widths with a list for layers, and the least each may be.
     least_widths: ClassVar[dict[str, int]] = {"qk_rope_head_dim": 0}
+    # Fields of the tiny models by which decoding is checked, a set for each layout of the cache.
+    tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     head_dim: int | None = None
     qk_rope_head_dim: int = 64
@@ -52,6 +79,17 @@ class ConvertedConfigMixin(PreTrainedConfig):
         self._check_source()
         self._check_widths()
         self._check_rope()
+
+    @classmethod
+    def tiny(cls) -> list[Self]:
+        """Configs of models with two small layers, one for each layout that the form can have."""
+        known = {field.name for field in fields(cls)} | set(cls.attribute_map or {})
+        small = {name: value for name, value in TINY.items() if name in known}
+        layouts = cls.tiny_layouts
+        if "rope_parameters" not in known:  # then nothing is rotated, and nothing on read
+            still = {"qk_rope_head_dim": 0}
+            layouts = tuple(layout | still for layout in layouts if not layout.get("rope_on_read"))
+        return [cls(**small | layout) for layout in layouts]
 
     def layer_width(self, name: str, layer_idx: int) -> int:
         """The width `name` of one layer."""

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
+from .cached_decoding import check_if_newer
 from .converted_attention import ConvertedAttention
 from .gqa import GQAAttention
 from .mfa import MFAAttention
@@ -30,6 +31,16 @@ class ConvertedModelMixin(PreTrainedModel):
         # The family's own, which are behind this mixin.
         recorded = super()._can_record_outputs or {}
         cls._can_record_outputs = recorded | {"attentions": ConvertedAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers' own.
+
+        Raises:
+            WrongDecoding: with the installed libraries, newer than tested, a cache is not used.
+        """
+        check_if_newer(cls)
+        return super().from_pretrained(*args, **kwargs)
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .cached_decoding import take_cache, update_cache
 from .converted_attention import NO_ROPE, ConvertedAttention
 from .rope_slots import SlotAngles, rotate
 
@@ -36,12 +37,12 @@ class GQAAttention(ConvertedAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
-        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
+        cache = take_cache(type(self).__name__, cache, kwargs)
         query, key, value = (
             project(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -50,8 +51,8 @@ class GQAAttention(ConvertedAttention):
         if cos is not None:
             cos, sin = (x[:, None, :, : self.head_dim // 2] for x in (cos, sin))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
         # Not `_attend`: vLLM serves a class whose `forward` itself names the attention's interface.
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

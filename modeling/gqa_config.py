@@ -1,6 +1,6 @@
 """Configuration fields of grouped-query attention, for families whose own config has none."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .converted_config import ConvertedConfigMixin
 
@@ -20,6 +20,7 @@ class GQAConfigMixin(ConvertedConfigMixin):
         "v_proj": "colwise",
         "o_proj": "rowwise",
     }
+    tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = ({"num_key_value_heads": 2},)
 
     # Heads are rotated as the family rotates them, with no frequencies of their own.
     qk_rope_head_dim: int = 0

@@ -53,23 +53,23 @@ class MFAAttention(ConvertedAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
-        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
+        cache = self._take_cache(cache, kwargs)
         query = self.q_proj(hidden_states)
         if self.config.use_inter_norm:
             query = self.inter_norm(query)
         query = self.wq(query).view(batch, length, -1, self.mfa_head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).unsqueeze(1)  # [B, 1, T, C]
 
-        if self.config.key_reuse and past_key_values is not None:
-            seen = past_key_values.get_seq_length(self.layer_idx)
+        if self.config.key_reuse and cache is not None:
+            seen = cache.get_seq_length(self.layer_idx)
             slots = torch.arange(length, device=hidden_states.device) + seen
             # Keys and values are read from the same rows, so the cache's values stay empty.
-            latent, _ = past_key_values.update(key, key[..., :0], self.layer_idx)
+            latent, _ = cache.update(key, key[..., :0], self.layer_idx, kwargs=kwargs)
             slots = self._slots_in(latent, slots)
             output, weights = self._read(
                 query, latent, attention_mask, slots, position_embeddings[2], **kwargs
@@ -81,9 +81,9 @@ class MFAAttention(ConvertedAttention):
             # [B, 1, T, d_r / 2]
             cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
             query, key = self._rotate_tail(query, cos, sin), self._rotate_tail(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if past_key_values is not None and self._can_absorb(length, key, attention_mask):
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if cache is not None and self._can_absorb(length, key, attention_mask):
             output, weights = self._attend_as_rows(query, key, value, attention_mask)
             output = output.transpose(1, 2)
         else:

@@ -1,6 +1,6 @@
 """Configuration fields of multi-matrix factorization attention, shared by every family."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .converted_config import ConvertedConfigMixin
 
@@ -40,6 +40,10 @@ class MFAConfigMixin(ConvertedConfigMixin):
         "share_q_dim": 1,
         "qk_rope_head_dim": 0,
     }
+    tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = tuple(
+        dict(mfa_head_dim=12, share_q_dim=16, qk_rope_head_dim=4, key_reuse=reuse)
+        for reuse in (False, True)
+    )
 
     mfa_head_dim: int = 256
     share_q_dim: int = 1024

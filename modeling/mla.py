@@ -90,12 +90,12 @@ class MLAAttention(ConvertedAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, SlotAngles] = NO_ROPE,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output [B, T, hidden], and the attention weights where they were made."""
         batch, length = hidden_states.shape[:2]
-        past_key_values = kwargs.pop("layer_past", past_key_values)  # GPT-NeoX's name for it
+        cache = self._take_cache(cache, kwargs)
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
@@ -111,15 +111,15 @@ class MLAAttention(ConvertedAttention):
             query, cached = self._rotate_tail(query, cos, sin), self._rotate_tail(cached, cos, sin)
 
         slots = None
-        if past_key_values is not None:
+        if cache is not None:
             if self.config.rope_on_read:
-                seen = past_key_values.get_seq_length(self.layer_idx)
+                seen = cache.get_seq_length(self.layer_idx)
                 slots = torch.arange(length, device=hidden_states.device) + seen
             # The latent serves keys and values alike, so the cache's values stay empty.
-            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            cached, _ = cache.update(cached, cached[..., :0], self.layer_idx, kwargs=kwargs)
             if slots is not None:
                 slots = self._slots_in(cached, slots)
-        if past_key_values is not None and self._can_absorb(length, cached, attention_mask):
+        if cache is not None and self._can_absorb(length, cached, attention_mask):
             output, weights = self._absorbed(
                 query, cached, attention_mask, slots, position_embeddings[2]
             )

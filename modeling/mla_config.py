@@ -1,6 +1,6 @@
 """Configuration fields of multi-head latent attention, shared by every family."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .converted_config import ConvertedConfigMixin
 
@@ -43,6 +43,14 @@ class MLAConfigMixin(ConvertedConfigMixin):
         "o_proj": "rowwise",
     }
     least_widths: ClassVar[dict[str, int]] = {"kv_lora_rank": 1, "qk_rope_head_dim": 0}
+    tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = tuple(
+        dict(kv_lora_rank=12, qk_nope_head_dim=8, v_head_dim=8) | layout
+        for layout in (
+            dict(qk_rope_head_dim=4),
+            dict(qk_rope_head_dim=4, rope_on_read=True),
+            dict(qk_rope_head_dim=0, rope_on_read=True),
+        )
+    )
 
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128

@@ -123,19 +123,20 @@ class Model:
 
     device = torch.device("cpu")
 
-    def __init__(self, make):
-        self.make = make
+    def __init__(self, make, name="cache"):
+        self.make, self.name = make, name
 
     def get_input_embeddings(self):
         return torch.nn.Embedding(61, 2)
 
     def __call__(self, input_ids, use_cache):
         assert use_cache
-        return type("Output", (), {"past_key_values": self.make(input_ids.shape[1])})
+        return type("Output", (), {self.name: self.make(input_ids.shape[1])})
 
 
 def test_any_cache_is_measured_by_its_tensors():
     assert kv_bytes_per_token(Model(Odd)) == 3 * 4 + 1
+    assert kv_bytes_per_token(Model(Odd, "past_key_values")) == 3 * 4 + 1  # its older name
     assert kv_bytes_per_token(Model(lambda length: None)) == 0
 
     def uneven(length):

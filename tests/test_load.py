@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from rehead.converters.memory import release
+from rehead.modeling.cached_decoding import cache_of
 
 STEPS = int(os.environ.get("REHEAD_STEPS", "200"))
 PROMPTS, LONGEST = 64, 24
@@ -56,7 +57,7 @@ def generate(model, kind, steps):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences, torch.stack(out.logits, dim=1), out.past_key_values
+    return out.sequences, torch.stack(out.logits, dim=1), cache_of(out)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from tiny import error, step_by_step
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES
+from rehead.modeling.cached_decoding import cache_of
 
 MODELS = {form: partial(tiny.mla, form=form) for form in tiny.FORMS}
 MODELS |= {form: partial(tiny.mfa, form=form) for form in tiny.MFA_FORMS}
@@ -37,7 +38,7 @@ def test_attentions_are_recorded_and_sum_to_one(form, ids):
     model = MODELS[form]()
     model.set_attn_implementation("eager")
     out = model(ids, output_attentions=True, output_hidden_states=True)
-    step = model(ids[:, :1], past_key_values=out.past_key_values, output_attentions=True)
+    step = model(ids[:, :1], **tiny.cached(model, cache_of(out)), output_attentions=True)
     assert len(out.hidden_states) == 3
     for attentions, shape in ((out.attentions, (2, 4, 20, 20)), (step.attentions, (2, 4, 1, 21))):
         assert len(attentions) == 2
@@ -64,7 +65,7 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     code = {path.name for path in tmp_path.glob("*.py")}
-    shared = ("converted_attention", "converted_config", "converted_model")
+    shared = ("cached_decoding", "converted_attention", "converted_config", "converted_model")
     modules = (*shared, "read_kernel", "rope_slots", family)
     forms = ("gqa", "mfa", "mla", "mfa_config", "mla_config")
     assert code == {f"{name}.py" for name in (*modules, *forms)}

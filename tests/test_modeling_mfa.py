@@ -16,6 +16,7 @@ from rehead.modeling import (
     MFAAttention,
     rope_slots,
 )
+from rehead.modeling.cached_decoding import cache_of
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.MFA_FORMS)
 
@@ -128,9 +129,9 @@ def test_decode_over_long_context_equals_expanded(form, monkeypatch):
     model = tiny.mfa(form=form, num_hidden_layers=1, rope_pairs=None, max_position_embeddings=4096)
     ids = torch.randint(3, 61, (1, 2500))
     prefill = model(ids[:, :-1])
-    got = model(ids[:, -1:], past_key_values=copy.deepcopy(prefill.past_key_values)).logits
+    got = model(ids[:, -1:], **tiny.cached(model, copy.deepcopy(cache_of(prefill)))).logits
     tiny.absorb(monkeypatch, MFAAttention, False)
-    want = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
+    want = model(ids[:, -1:], **tiny.cached(model, cache_of(prefill))).logits
     assert error(got, want) < 1e-5
 
 
@@ -171,7 +172,7 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, implementation, m
 @torch.no_grad()
 def test_cache_holds_one_key_and_one_value_or_the_latent_alone(form, ids):
     model = tiny.mfa(form=form, **tiny.MFA_UNEVEN)
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     for width, layer in zip(tiny.MFA_UNEVEN["mfa_head_dim_per_layer"], cache.layers, strict=True):
         assert layer.keys.numel() == ids.numel() * width
         assert layer.values.numel() == (0 if form == "mfa_kr" else ids.numel() * width)
@@ -201,10 +202,10 @@ def test_static_cache_and_compiled_decode_equal_the_full_forward(form, ids):
     want = model(ids, use_cache=False).logits
     # With room enough that the prefill has fewer queries than slots, and no mask of its own.
     cache = StaticCache(model.config, max_cache_len=100)
-    got = [model(ids[:, :12], past_key_values=cache).logits]
+    got = [model(ids[:, :12], **tiny.cached(model, cache)).logits]
     step = torch.compile(model, backend="eager", fullgraph=True)
     for t in range(12, 20):
-        got.append(step(ids[:, t : t + 1], past_key_values=cache).logits)
+        got.append(step(ids[:, t : t + 1], **tiny.cached(model, cache)).logits)
     assert error(torch.cat(got, dim=1), want) < 1e-5
 
 
@@ -228,8 +229,8 @@ def test_decode_takes_heads_as_rows_and_training_does_not(form, ids, monkeypatch
     def taken(context, ids, cache=None):
         calls.clear()
         with context:
-            out = model(ids, past_key_values=copy.deepcopy(cache))
-        return set(calls), out.past_key_values
+            out = model(ids, **tiny.cached(model, copy.deepcopy(cache)))
+        return set(calls), cache_of(out)
 
     rows = {"_attend_as_rows"}
     prefill, cache = taken(torch.no_grad(), ids)

@@ -19,6 +19,7 @@ from rehead.modeling import (
 )
 from rehead.modeling import mfa as mfa_module
 from rehead.modeling import mla as mla_module
+from rehead.modeling.cached_decoding import cache_of
 from rehead.modeling.converted_attention import ConvertedAttention
 
 FAMILIES, FORMS = list(tiny.SOURCES), list(tiny.FORMS)
@@ -142,9 +143,9 @@ def test_absorbed_long_context_equals_expanded(form, monkeypatch):
     model = tiny.mla(form=form, num_hidden_layers=1, rope_pairs=None, max_position_embeddings=4096)
     ids = torch.randint(3, 61, (1, 2500))
     prefill = model(ids[:, :-1])
-    got = model(ids[:, -1:], past_key_values=copy.deepcopy(prefill.past_key_values)).logits
+    got = model(ids[:, -1:], **tiny.cached(model, copy.deepcopy(cache_of(prefill)))).logits
     tiny.absorb(monkeypatch, MLAAttention, False)
-    want = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
+    want = model(ids[:, -1:], **tiny.cached(model, cache_of(prefill))).logits
     assert not torch.equal(got, want)  # two ways were taken
     assert error(got, want) < 1e-5
 
@@ -222,7 +223,7 @@ def test_decode_step_forms_nothing_as_large_as_the_cache(form, monkeypatch):
 @torch.no_grad()
 def test_cache_holds_the_latent_and_the_rotated_key_alone(form, ids):
     model = tiny.mla(form=form, **tiny.UNEVEN[form])
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     for i, layer in enumerate(cache.layers):
         held = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
         rank, rotated = model.config.layer_dims(i)
@@ -247,10 +248,10 @@ def test_static_cache_and_compiled_decode_equal_the_full_forward(form, ids):
     model = tiny.mla(form=form)
     want = model(ids, use_cache=False).logits
     cache = StaticCache(model.config, max_cache_len=32)
-    got = [model(ids[:, :12], past_key_values=cache).logits]
+    got = [model(ids[:, :12], **tiny.cached(model, cache)).logits]
     step = torch.compile(model, backend="eager", fullgraph=True)
     for t in range(12, 20):
-        got.append(step(ids[:, t : t + 1], past_key_values=cache).logits)
+        got.append(step(ids[:, t : t + 1], **tiny.cached(model, cache)).logits)
     assert error(torch.cat(got, dim=1), want) < 1e-5
 
 
@@ -267,26 +268,22 @@ def test_decode_absorbs_and_training_does_not(form, ids, monkeypatch):
         monkeypatch.setattr(MLAAttention, name, spy)
     model = tiny.mla(form=form)
 
-    def taken(context, **kwargs):
+    def taken(context, cache=None, **kwargs):
         calls.clear()
         with context:
-            out = model(**kwargs)
-        return set(calls), out.past_key_values
+            out = model(**tiny.cached(model, cache), **kwargs)
+        return set(calls), cache_of(out)
 
     prefill, cache = taken(torch.no_grad(), input_ids=ids)
     assert prefill == {"_expanded"}
     step = dict(input_ids=ids[:, :1])
-    assert taken(torch.no_grad(), past_key_values=copy.deepcopy(cache), **step)[0] == {"_absorbed"}
-    assert taken(torch.inference_mode(), past_key_values=copy.deepcopy(cache), **step)[0] == {
-        "_absorbed"
-    }
-    assert taken(torch.enable_grad(), past_key_values=copy.deepcopy(cache), **step)[0] == {
-        "_expanded"
-    }
+    assert taken(torch.no_grad(), copy.deepcopy(cache), **step)[0] == {"_absorbed"}
+    assert taken(torch.inference_mode(), copy.deepcopy(cache), **step)[0] == {"_absorbed"}
+    assert taken(torch.enable_grad(), copy.deepcopy(cache), **step)[0] == {"_expanded"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert taken(torch.no_grad(), input_ids=ids)[0] == {"_expanded"}
     hook = model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda *_: None)
-    assert "_expanded" in taken(torch.no_grad(), past_key_values=cache, **step)[0]
+    assert "_expanded" in taken(torch.no_grad(), cache, **step)[0]
     hook.remove()
 
 
@@ -299,6 +296,7 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     model.config.save_pretrained(tmp_path)
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert {p.name for p in tmp_path.glob("*.py")} == {
+        "cached_decoding.py",
         "converted_attention.py",
         "converted_config.py",
         "converted_model.py",

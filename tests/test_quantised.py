@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from rehead.modeling import MLAAttention
+from rehead.modeling.cached_decoding import cache_of
 
 IDS = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(0))
 STEP = 1 / 512
@@ -70,8 +71,8 @@ MODELS = {
 @torch.no_grad()
 def decoded(model) -> torch.Tensor:
     """The logits of the last token, read with a cache of all others."""
-    cache = model(IDS[:, :-1]).past_key_values
-    return model(IDS[:, -1:], past_key_values=cache).logits[:, -1]
+    cache = cache_of(model(IDS[:, :-1]))
+    return model(IDS[:, -1:], **tiny.cached(model, cache)).logits[:, -1]
 
 
 @pytest.mark.parametrize("coded", [coded_layer, coded_weight])

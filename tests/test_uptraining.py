@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 from rehead.cli import main
 from rehead.converters.errors import InputError
 from rehead.evaluation import load_model
+from rehead.modeling.cached_decoding import cache_of
 from rehead.uptraining import Interrupted, UptrainConfig, uptrain
 from rehead.uptraining import loss as loss_module
 from rehead.uptraining.adapters import add_trained, target_names
@@ -330,8 +331,8 @@ def decoded(model, batch):
     """Logits with the tokens fed one at a time."""
     cache, rows = None, []
     for index in range(batch.shape[1]):
-        out = model(batch[:, index : index + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(batch[:, index : index + 1], **tiny.cached(model, cache), use_cache=True)
+        cache = cache_of(out)
         rows.append(out.logits)
     return torch.cat(rows, dim=1)
 

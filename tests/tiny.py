@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rehead.modeling import MFA_CLASSES, MLA_CLASSES
+from rehead.modeling.cached_decoding import cache_argument, cache_of
 
 SOURCES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -312,6 +313,11 @@ def block_output(model, layer_idx: int, x: torch.Tensor, implementation: str) ->
     return model.model.layers[layer_idx].self_attn(x, rope, mask)[0]
 
 
+def cached(model: torch.nn.Module, cache) -> dict:
+    """The model's argument that carries a cache, by the name the installed transformers has."""
+    return {cache_argument(model): cache}
+
+
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """Positions [B, T] under a padding mask [B, T]."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -327,10 +333,10 @@ def step_by_step(model, ids, mask, first: int, sizes: list[int], cache=None) -> 
             ids[:, at],
             attention_mask=mask[:, : at.stop],
             position_ids=positions[:, at],
-            past_key_values=cache,
+            **cached(model, cache),
             use_cache=True,
         )
-        cache, start = out.past_key_values, at.stop
+        cache, start = cache_of(out), at.stop
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 
@@ -367,7 +373,7 @@ class FullCache:
     def get_seq_length(self, layer_idx):
         return self.keys.shape[2] - 1
 
-    def update(self, keys, values, layer_idx):
+    def update(self, keys, values, layer_idx, kwargs):
         return self.keys, self.values
 
 
@@ -410,6 +416,9 @@ with torch.no_grad():
     assert torch.equal(model(ids).logits, want)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(model.lm_head(base(ids).last_hidden_state), want)
+options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+kept, whole = (model.generate(ids, use_cache=cached, **options) for cached in (True, False))
+assert torch.equal(kept, whole)
 model.save_pretrained(folder + "/again")
 model = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
 with torch.no_grad():
