@@ -69,7 +69,7 @@ def verify(
                 f"layer {layer} as written is {off:.2g} of its output away from what it was "
                 f"fitted to, and {dtype} explains {allowed:.2g}; nothing is put in place"
             )
-        if steps:
+        if stream.decoded is not None:
             apart = distance(stream.decoded, seen.y[0, -steps:].cpu())
             if not apart <= ROUNDING:
                 raise WrongDecoding(

@@ -126,7 +126,8 @@ def check_decoding(model_class: type) -> None:
 
 def decoded(model: Any, ids: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     """The first output [B, T, ...] of tokens [B, T] given in pieces of these sizes with a cache."""
-    outputs, given = [], {}
+    outputs: list[torch.Tensor] = []
+    given: dict[str, Any] = {}
     for piece in ids.split(sizes, dim=1):
         out = model(piece, use_cache=True, **given)
         given = {cache_argument(model): cache_of(out)}
