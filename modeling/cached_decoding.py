@@ -72,7 +72,9 @@ def update_cache(
 def cache_argument(model: Any) -> str:
     """The name by which a model, or one of its layers, takes a cache."""
     taken = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[0])
+    renamed = Version(transformers.__version__) >= Version("5.24.0.dev0")
+    usual = CACHE_NAMES[0] if renamed else CACHE_NAMES[1]  # of a wrapper, which names none
+    return next((name for name in CACHE_NAMES if name in taken), usual)
 
 
 def cache_of(output: Any) -> Any:
