@@ -1,62 +1,19 @@
 """Hugging Face classes of the converted forms, registered with the Auto classes on import."""
 
-from importlib import import_module
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
-
+from .families import FAMILIES, FORMS, Classes, converted
 from .gqa import GQAAttention
 from .mfa import MFAAttention
 from .mla import MLAAttention
 
-# By the source's model_type, which is also the name of the module: what its classes' names begin
-# with. A family's classes are <Family><Form>Config, ...Model and ...ForCausalLM.
-FAMILIES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "phi3": "Phi3",
-    "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen2Moe",
-    "stablelm": "StableLm",
-    "phi": "Phi",
-    "gpt_neox": "GPTNeoX",
-    "olmo": "Olmo",
-    "gemma": "Gemma",
-    "gpt2": "GPT2",
-    "opt": "OPT",
-    "seed_oss": "SeedOss",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-    "olmo2": "Olmo2",
-    "olmo3": "Olmo3",
-    "gemma3_text": "Gemma3",
-    "gemma2": "Gemma2",
-    "olmoe": "Olmoe",
-    "starcoder2": "Starcoder2",
+# By form, then by the source's model_type: config, model, model with a language head. A family has
+# no GQA classes where its own hold GQA, and no classes of a form that its norms do not allow.
+CLASSES: dict[str, dict[str, Classes]] = {
+    name: {family: converted(family, name) for family, row in FAMILIES.items() if form.serves(row)}
+    for name, form in FORMS.items()
 }
-
-Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
-
-
-def _classes(form: str) -> dict[str, Classes]:
-    """By the source's model_type: config, model, model with a language head."""
-    found = {}
-    for family, prefix in FAMILIES.items():
-        module = import_module(f".{family}", __name__)
-        if not hasattr(module, f"{prefix}{form}Config"):
-            continue  # GQA where the family's own class holds it, and what its norms do not allow
-        config, model, causal_lm = (
-            getattr(module, f"{prefix}{form}{kind}") for kind in ("Config", "Model", "ForCausalLM")
-        )
-        found[family] = config, model, causal_lm
-    return found
-
-
-MLA_CLASSES = _classes("MLA")
-MFA_CLASSES = _classes("MFA")
-GQA_CLASSES = _classes("GQA")
-_ALL = (*MLA_CLASSES.values(), *MFA_CLASSES.values(), *GQA_CLASSES.values())
+MLA_CLASSES, MFA_CLASSES, GQA_CLASSES = (CLASSES[form] for form in ("MLA", "MFA", "GQA"))
 
 VLLM_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
@@ -85,10 +42,10 @@ LORA_TARGET_MODULES = {
     "mfa-kr": ["q_proj", "wq", "k_proj", "kr_proj", "o_proj"],
 }
 
-__all__ = ["GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES", "register_in_vllm"]
-__all__ += ["GQAAttention", "MFAAttention", "MLAAttention"]
+__all__ = ["CLASSES", "GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES", "Classes"]
+__all__ += ["GQAAttention", "MFAAttention", "MLAAttention", "register_in_vllm"]
 
-for _config, _model, _causal_lm in _ALL:
+for _config, _model, _causal_lm in (row for form in CLASSES.values() for row in form.values()):
     for _class in (_config, _model, _causal_lm):
         globals()[_class.__name__] = _class
         __all__ += [_class.__name__]

@@ -12,13 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .cached_decoding import check_if_newer
 from .converted_attention import ConvertedAttention
-from .gqa import GQAAttention
-from .mfa import MFAAttention
-from .mla import MLAAttention
 from .rope_slots import hand_over_angles
-
-# By the `form_name` of a config.
-ATTENTION = {"GQA": GQAAttention, "MFA": MFAAttention, "MLA": MLAAttention}
 
 
 class ConvertedModelMixin(PreTrainedModel):
@@ -53,12 +47,13 @@ class ConvertedModel(ConvertedModelMixin):
 
     # Where the family keeps its layers.
     layers_name: ClassVar[str] = "layers"
+    # What replaces the attention of every layer.
+    attention_class: ClassVar[type[ConvertedAttention]]
 
     def __init__(self, config):
         super().__init__(config)
-        attention = ATTENTION[config.form_name]
         for layer_idx, layer in enumerate(getattr(self, self.layers_name)):
-            setattr(layer, config.attention_name, attention(config, layer_idx))
+            setattr(layer, config.attention_name, self.attention_class(config, layer_idx))
         if hasattr(self, "rotary_emb"):
             self.rotary_emb.register_forward_hook(hand_over_angles)
         self.post_init()
@@ -82,17 +77,16 @@ class ConvertedForCausalLM(ConvertedModelMixin):
         self.post_init()
 
 
-def keep_stored_names(source: str, *names: str):
+def keep_stored_names(source: str, converted: str):
     """Have converted checkpoints read and written as transformers does those of the source.
 
     Where a family's files name or split weights otherwise than its classes do, conversion leaves
-    what is not attention as it is stored.
+    what is not attention as it is stored. Most families have nothing to keep.
 
     Args:
         source: a family's model_type, or the name of one of its classes.
-        names: the same of the converted family.
+        converted: the same of the converted family.
     """
     mapping = get_checkpoint_conversion_mapping(source)
     if mapping is not None:
-        for name in names:
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+        register_checkpoint_conversion_mapping(converted, mapping, overwrite=True)

@@ -66,9 +66,9 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     code = {path.name for path in tmp_path.glob("*.py")}
     shared = ("cached_decoding", "converted_attention", "converted_config", "converted_model")
-    modules = (*shared, "read_kernel", "rope_slots", family)
-    forms = ("gqa", "mfa", "mla", "mfa_config", "mla_config")
-    assert code == {f"{name}.py" for name in (*modules, *forms)}
+    forms = (f"{form}{kind}" for form in ("gqa", "mfa", "mla") for kind in ("", "_config"))
+    modules = (*shared, *forms, "families", "read_kernel", "rope_slots")
+    assert code == {f"{name}.py" for name in modules}
     loaded.save_pretrained(tmp_path / "again")
     for name in ("config.json", *code):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()

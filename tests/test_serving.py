@@ -226,4 +226,4 @@ def test_with_the_plugin_no_remote_code_is_needed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "in")], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "rehead.modeling.llama", done.stderr
+    assert done.stdout.strip() == "rehead.modeling.families", done.stderr

@@ -308,7 +308,7 @@ def test_a_run_lowers_the_held_out_divergence_and_keeps_the_rest(inputs, trained
     assert record["recipe"]["rank"] == 4 and record["recipe"]["teacher"] == str(inputs / "source")
     assert load_model(path / "merged").config.uptraining["after"] == record["after"]
     names = {file.name for file in (path / "merged").iterdir()}
-    assert {"llama.py", "mla.py", "tokenizer.json", "README.md"} <= names
+    assert {"families.py", "mla.py", "tokenizer.json", "README.md"} <= names
     assert not list(path.glob(".*"))
 
 
