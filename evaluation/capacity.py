@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..converters.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -53,5 +55,7 @@ def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    attention = {n: size for n, size in sizes.items() if ".self_attn." in n or ".attention." in n}
-    return sum(sizes.values()), sum(attention.values())
+    # What the families call the attention of a layer: "attn" in GPT-2, "self_attn" in most.
+    calls = {f".{family.attention}." for family in FAMILIES.values()}
+    attention = [size for name, size in sizes.items() if any(call in name for call in calls)]
+    return sum(sizes.values()), sum(attention)

@@ -1,10 +1,13 @@
 """The capacity that a config promises is the rank that its model's weights have."""
 
 import pytest
+import sources
 import tiny
 import torch
+from torch import nn
 
 from rehead.evaluation import capacity, parameter_counts
+from rehead.modeling import CLASSES
 
 
 def ranks(scored: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int]:
@@ -86,3 +89,24 @@ def test_parameters_are_counted_without_weights(name):
     assert attention == sum(
         p.numel() for layer in model.model.layers for p in layer.self_attn.parameters()
     )
+
+
+def attention_parameters(model) -> int:
+    """The parameters of the modules that are called attention."""
+    found = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    return sum(p.numel() for module in found for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", sources.FAMILIES)
+def test_the_attention_of_every_family_is_counted(family):
+    config_class, model_class, given = sources.FAMILIES[family]
+    models: list[nn.Module] = [model_class(config_class(**given))]
+    models += [
+        row[family][2](config)
+        for row in CLASSES.values()
+        if family in row
+        for config in row[family][0].tiny()
+    ]
+    for model in models:
+        total, attention = parameter_counts(model.config)
+        assert 0 < attention == attention_parameters(model) < total
