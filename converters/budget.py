@@ -67,7 +67,9 @@ class Budget:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
         on_read = recipe.rope == "on-read"
         if rotated is not None and (rotated % 2 or rotated > self.rotatable):
-            why = "what --preset engine rotates" if recipe.preset else "the width of all key heads"
+            why = "what --preset engine rotates"
+            if not recipe.preset:
+                why = "the rotated width of all key heads"
             raise InputError(
                 f"qk_rope_head_dim={rotated} must be even and at most {self.rotatable}, {why}."
             )
@@ -90,11 +92,13 @@ class Budget:
         return LayerDims(rank, rotated, on_read=on_read)
 
     def _check_rank(self, rank: int | None, rotated: int) -> None:
+        """Raises unless a rank beside so many rotated dims, 0 if they are a part of it, fits."""
         most = min(self.source - rotated, self.rank)
         if rank is not None and not 1 <= rank <= most:
+            beside = f" with qk_rope_head_dim={rotated}" if rotated else ""
             raise InputError(
-                f"kv_lora_rank={rank} with qk_rope_head_dim={rotated} is not between 1 and {most}, "
-                "beyond which nothing is gained. Use at most that, or give --kv-budget."
+                f"kv_lora_rank={rank}{beside} is not between 1 and {most}, beyond which nothing is "
+                "gained. Use at most that, or give --kv-budget."
             )
 
 

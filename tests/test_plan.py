@@ -188,7 +188,7 @@ def test_what_is_not_rotated_shares_the_latent_with_the_values():
     assert budget("on-read", 1.0, half).fixed == [LayerDims(32, on_read=True)] * 3
     none = SimpleNamespace(**vars(CONFIG) | dict(model_type="gpt2"))
     assert budget(share=1.0, config=none).fixed == [LayerDims(32, 0)] * 3
-    with pytest.raises(InputError, match="qk_rope_head_dim=10 must be even and at most 8"):
+    with pytest.raises(InputError, match="=10 must be even and at most 8, the rotated width of"):
         budget(config=half, qk_rope_head_dim=10)
 
 
@@ -232,6 +232,11 @@ def test_a_key_that_is_read_is_no_wider_than_the_latent(width):
         (dict(kv_lora_rank=27, qk_rope_head_dim=6), "kv_lora_rank=27 with qk_rope_head_dim=6.*26"),
         (dict(qk_rope_head_dim=16), "kv_lora_rank=0 with qk_rope_head_dim=16"),
         (dict(rope="on-read", kv_lora_rank=0), "kv_lora_rank=0"),
+        # The rotated key is a part of the latent: its width neither counts nor is it another's.
+        (
+            dict(rope="on-read", kv_lora_rank=33, qk_rope_head_dim=6),
+            "^kv_lora_rank=33 is not between 1 and 32",
+        ),
         (
             dict(rope="on-read", kv_lora_rank=5, qk_rope_head_dim=6),
             "at most kv_lora_rank=5.*latent",
