@@ -6,6 +6,7 @@ from dataclasses import replace
 import folders
 import pytest
 import torch
+from emulate import emulated
 from engines import IDS, KINDS, logits, save
 from layers import error
 from safetensors.torch import load_file
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rehead.converters import InputError
 from rehead.evaluation import kv_bytes_per_token
 from rehead.export import deepseek3
-from rehead.export.emulate import emulated
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import tiny
 import torch
+from emulate import emulated
 from engines import KINDS, logits, save
 from layers import error
 from transformers import AutoTokenizer
@@ -17,7 +18,6 @@ from transformers import AutoTokenizer
 from rehead.converters import InputError
 from rehead.converters.checkpoint import open_source
 from rehead.export import deepseek2, steady
-from rehead.export.emulate import emulated
 from rehead.export.gguf_tokenizer import SPLITS, split_name
 from rehead.export.latent import LatentModel
 

@@ -8,10 +8,10 @@ import folders
 import pytest
 import tiny
 import torch
+from emulate import emulated
 from transformers import AutoTokenizer
 
 from rehead.export import export
-from rehead.export.emulate import emulated
 
 # Its server ends with the process, so it has one of its own.
 SERVED = """

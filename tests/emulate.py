@@ -7,7 +7,7 @@ import gguf
 import torch
 from transformers import YoutuConfig, YoutuForCausalLM
 
-from .deepseek2 import IN_LAYER, OTHERS
+from rehead.export.deepseek2 import IN_LAYER, OTHERS
 
 ATTENTION: dict[str, str] = {
     "q_proj.weight": "attn_q.weight",
@@ -48,7 +48,7 @@ def emulated(path: str | Path) -> YoutuForCausalLM:
         rms_norm_eps=eps,
         tie_word_embeddings="output.weight" not in stored,
         rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
-        pad_token_id=None,  # see `native`
+        pad_token_id=None,  # see `export.native`
         bos_token_id=None,
         eos_token_id=None,
     )
