@@ -11,31 +11,35 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ..converters.checkpoint import Source
 from ..converters.errors import InputError
 from ..converters.families import FAMILIES, Family, window_in_use
-from ..modeling import MFA_CLASSES, MLA_CLASSES
+from ..modeling import CLASSES
 
 AGAIN = "Convert the original again with --to mla --native."
 
 
-def check_exportable(source: Source) -> None:
-    """Raises unless the checkpoint is decoupled MLA with one rank and one list of frequencies."""
+def exportable_family(source: Source) -> Family:
+    """The family whose class the checkpoint's class was made from.
+
+    Raises:
+        InputError: it is not decoupled MLA with one rank and one list of frequencies.
+    """
     config: Any = source.config
     path = source.path
-    if config.model_type in {classes[0].model_type for classes in MFA_CLASSES.values()}:
-        form = "MFA-KR" if config.key_reuse else "MFA"
-        raise InputError(f"{path} is {form}, which no stock class holds. {AGAIN}")
-    if config.model_type not in {classes[0].model_type for classes in MLA_CLASSES.values()}:
+    family = family_of_converted(config)
+    if family is None:
         name = (config.architectures or [config.model_type])[0]
         raise InputError(
             f"{path} is {name} already, a stock class that loads without rehead. There is nothing "
             "to export."
         )
-    family = family_of_converted(config)
     if not family.llama_decoder:
-        held = ", ".join(name for name in MLA_CLASSES if FAMILIES[name].llama_decoder)
+        held = ", ".join(name for name, row in FAMILIES.items() if row.llama_decoder)
         raise InputError(
             f"{path} is a {family.model_type} model, and the classes it could be exported to hold "
             f"Llama's decoder around the attention ({held}). It runs in rehead's own."
         )
+    if config.form_name != "MLA":
+        form = config.form_name + ("-KR" if getattr(config, "key_reuse", False) else "")
+        raise InputError(f"{path} is {form}, which no stock class holds. {AGAIN}")
     slides = window_in_use(config)
     if slides:
         raise InputError(
@@ -61,6 +65,7 @@ def check_exportable(source: Source) -> None:
             f"{path} changes its rotary frequencies with the length of the text (rope_type "
             "dynamic), which cannot be written as a list of frequencies."
         )
+    return family
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,9 @@ class LatentModel:
     """
 
     def __init__(self, source: Source) -> None:
-        check_exportable(source)
+        self.family = exportable_family(source)
         self.source = source
         self.config: Any = source.config
-        self.family = family_of_converted(source.config)
         self.dtype = source.dtype(f"{self.family.prefix(0)}o_proj.weight")
         rotary = rotary_of(source.config)
         self.rope_factor = float(rotary.attention_scaling) ** 2
@@ -172,10 +176,13 @@ class LatentModel:
         return {name.removeprefix(prefix): self.source.tensor(name).double() for name in names}
 
 
-def family_of_converted(config: PretrainedConfig) -> Family:
-    """The family whose class a converted model's class was made from."""
-    (name,) = (n for n, classes in MLA_CLASSES.items() if type(config) is classes[0])
-    return FAMILIES[name]
+def family_of_converted(config: PretrainedConfig) -> Family | None:
+    """The family whose class a converted model's class was made from; None for a stock class."""
+    for rows in CLASSES.values():
+        for name, (config_class, _, _) in rows.items():
+            if type(config) is config_class:
+                return FAMILIES[name]
+    return None
 
 
 def rotary_of(config: PretrainedConfig) -> Any:

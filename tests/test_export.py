@@ -220,6 +220,14 @@ def test_no_family_is_exported_wrongly(family, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("family", rehead.modeling.GQA_CLASSES)
+def test_a_gqa_class_of_our_own_is_no_stock_class(family, tmp_path):
+    config, _, causal_lm = rehead.modeling.GQA_CLASSES[family]
+    folders.save(tmp_path / "in", causal_lm(config(**sources.FAMILIES[family][2])))
+    with pytest.raises(InputError, match=rf"is a {family} model.*runs in rehead's own"):
+        export(tmp_path / "in", to="transformers", output=tmp_path / "out")
+
+
 def test_the_folder_is_whole(tmp_path):
     """Tokenizer, generation config, licence, recipe and card come along; code does not."""
     source = tmp_path / "in"
