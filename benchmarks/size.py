@@ -4,6 +4,7 @@
     python benchmarks/size.py write DIR --layers 1 --shapes llama-3-70b
     python benchmarks/size.py run DIR --name llama-2-7b --budget 12.5
     python benchmarks/size.py table
+    python benchmarks/size.py weights                   # attention's parameters, by form and budget
 
 The weights are random and are written a layer at a time. Time and memory do not depend on their
 values, nor does memory on the number of layers.
@@ -25,7 +26,15 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from rehead.converters.inspection import attention_parameters, offers, pays_from_tokens
 
 RESULTS = Path(__file__).parent / "results" / "size.json"
 SHAPES = {
@@ -177,6 +186,66 @@ def table() -> None:
             *(f"{size:.2f} GB" for size in sizes),
         )
     console.print(shown)
+
+
+# Of the known models that `weights` shows: the config of each by its shapes.
+KNOWN = {
+    "Llama-2-7B": LlamaConfig(num_hidden_layers=32, **SHAPES["llama-2-7b"]),  # type: ignore[arg-type]
+    "Llama-3-8B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "Gemma-3-12B": Gemma3TextConfig(
+        vocab_size=262208,
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+    ),
+}
+
+
+@app.command()
+def weights(budgets: str = "50,33,25,12.5") -> None:
+    """Attention's parameters over the source's and bytes a token, by form and budget, as Markdown.
+
+    Of the config alone, with dims as a layer of mean width has them. Bytes are of 16 bits a number.
+    """
+    print(
+        "| model | form | KV cache | parameters | over the source's | bytes a token | pays from |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, config in KNOWN.items():
+        config.dtype = torch.bfloat16
+        own = attention_parameters(config)
+        for offer in offers(config, [float(budget) / 100 for budget in budgets.split(",")]):
+            if offer.config is None or offer.kv_bytes_per_token is None:
+                continue
+            found = attention_parameters(offer.config)
+            kv_bytes = {
+                "source": round(offer.kv_bytes_per_token / offer.kv_budget),
+                "converted": offer.kv_bytes_per_token,
+            }
+            form = offer.form + (" on-read" if offer.rope == "on-read" else "")
+            cells = [name, form, f"{offer.kv_budget:.1%}" + " exact" * offer.exact]
+            cells += [f"{found / 1e9:.3f}B", f"{found / own:.2f}", str(kv_bytes["converted"])]
+            cells += [str(pays_from_tokens(own, found, kv_bytes, 2))]
+            print("| " + " | ".join(cells) + " |")
 
 
 def _rows() -> list[dict[str, Any]]:

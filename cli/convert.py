@@ -302,6 +302,17 @@ def _report(
     write_report(report, done, comparison)
 
 
+def _pays(tokens: int | None) -> str:
+    if tokens == 0:
+        return "Weights and cache together: smaller than the original's at any context"
+    if tokens is None:
+        return "[bold]Weights and cache together: larger than the original's at any context[/]"
+    return (
+        f"Weights and cache together: larger than the original's until {tokens:,} tokens are "
+        "cached, in all sequences together"
+    )
+
+
 def _summarize(console: Console, done: Any, *, parts: bool) -> None:
     before, after = (done.kv_bytes_per_token[key] for key in ("source", "converted"))
     console.print(
@@ -310,6 +321,7 @@ def _summarize(console: Console, done: Any, *, parts: bool) -> None:
     if done.attention_parameters:
         before, after = (done.attention_parameters[key] for key in ("source", "converted"))
         console.print(f"Attention's parameters: {before:,} -> {after:,} ({after / before:.1%})")
+        console.print(_pays(done.pays_from_tokens))
     errors = [layer.error for layer in done.layers if layer.error is not None]
     if errors:
         mean, worst = sum(errors) / len(errors), max(range(len(errors)), key=errors.__getitem__)

@@ -18,8 +18,9 @@ CONTEXTS = (4096, 32768, 131072)
 MEMORIES, BATCHES = (8, 24, 80), (1, 32)
 WIDE = 140
 LEGEND = (
-    "[dim]in 24 GB: tokens a sequence beside the weights, one sequence / 32 at once. attention: "
-    "its parameters (mfa: at most). FRH, SLSD, TER: rank of a head, of what keys are read from, "
+    "[dim]in 24 GB: tokens a sequence beside the weights, one sequence / 32 at once. weights: "
+    "attention's. pays: cached tokens of all sequences from which on weights and cache "
+    "take less memory than now. FRH, SLSD, TER: rank of a head, of what keys are read from, "
     "and of all heads together (2412.19255).[/]"
 )
 ADVICE = (
@@ -73,7 +74,7 @@ def _inspect(model: str) -> dict[str, Any]:
         "forms": [],
     }
     try:
-        found["forms"] = [_offer(offer, total - attention, itemsize) for offer in offers(config)]
+        found["forms"] = [_offer(offer, found, itemsize) for offer in offers(config)]
     except InputError as error:
         found["refused"] = str(error)
     if found["forms"]:
@@ -81,16 +82,20 @@ def _inspect(model: str) -> dict[str, Any]:
     return found
 
 
-def _offer(offer: "Offer", rest: int, itemsize: int) -> dict[str, Any]:
-    """An offer as JSON, with what its config says; `rest` parameters do not change."""
+def _offer(offer: "Offer", found: dict[str, Any], itemsize: int) -> dict[str, Any]:
+    """An offer as JSON, with what its config says beside what was found of the source."""
+    from ..converters.inspection import pays_from_tokens
     from ..evaluation import capacity, parameter_counts
 
     fields = {k: v for k, v in vars(offer).items() if k != "config"}
     if offer.config is None or offer.kv_bytes_per_token is None:
         return fields
-    attention = parameter_counts(offer.config)[1]
+    attention, before = parameter_counts(offer.config)[1], found["attention_parameters"]
+    rest = found["parameters"] - before
+    kv_bytes = {"source": found["kv_bytes_per_token"], "converted": offer.kv_bytes_per_token}
     return fields | {
         "attention_parameters": attention,
+        "pays_from_tokens": pays_from_tokens(before, attention, kv_bytes, itemsize),
         "capacity": asdict(capacity(offer.config)),
         "contexts": _contexts((rest + attention) * itemsize, offer.kv_bytes_per_token),
     }
@@ -146,7 +151,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("form")
     fits = [f"in {memory} GB" for memory in memories]
-    for title in ("cache", "a token", *fits, "attention", "FRH", "SLSD", "TER"):
+    for title in ("cache", "a token", *fits, "weights", "pays", "FRH", "SLSD", "TER"):
         table.add_column(title, justify="right")
     if wide:
         table.add_column("dims of a layer")
@@ -166,8 +171,12 @@ def _cells(offer: dict[str, Any], memories: Sequence[int]) -> list[str]:
     fits = [" / ".join(tokens[memory, batch] for batch in BATCHES) for memory in memories]
     measures = [f"{offer['capacity'][name]:.0f}" for name in ("frh", "slsd", "ter")]
     dims = ", ".join(f"{name} {value}" for name, value in offer["dims"].items())
-    share, each = f"{offer['kv_budget']:.1%}", size(offer["kv_bytes_per_token"])
-    return [form, share, each, *fits, _short(offer["attention_parameters"]), *measures, dims]
+    exact = " exact" if offer.get("exact") else ""
+    share, each = f"{100 * offer['kv_budget']:.3g}%{exact}", size(offer["kv_bytes_per_token"])
+    weights = _short(offer["attention_parameters"])
+    pays = offer.get("pays_from_tokens")
+    pays = "" if offer["kv_budget"] == 1 else "never" if pays is None else _short(pays)
+    return [form, share, each, *fits, weights, pays, *measures, dims]
 
 
 def _short(number: int) -> str:

@@ -39,7 +39,8 @@ class Budget:
         rotatable = rotated if recipe.preset == "engine" else groups * rotated
         rank = min(2 * keys, config.hidden_size)
         # What is not rotated shares the latent with the values.
-        split = LayerDims(min(2 * keys - rotatable, rank), rotatable)
+        scales = 0 if on_read else key_scales(config)
+        split = LayerDims(min(2 * keys - rotatable, rank), rotatable, scales=scales)
         everything = LayerDims(rank, on_read=True) if on_read else split
         budget = cls(
             source=2 * keys,
@@ -50,11 +51,15 @@ class Budget:
             fixed=None,
         )
         fixed = budget._explicit(recipe)
+        if fixed is not None:
+            fixed = replace(fixed, scales=scales)
         exact = on_read or rotatable == groups * rotated
-        if fixed is None and exact and budget.width >= everything.width:
+        # All of the cache is asked for: what scales keys is beside it.
+        whole = recipe.kv_budget == 1 and recipe.kv_lora_rank is None
+        if fixed is None and exact and (whole or budget.width >= everything.width):
             fixed = everything
         if fixed is None:
-            if budget.width < (1 if on_read or not rotatable else 3):
+            if budget.width < (1 if on_read or not rotatable else 3) + scales:
                 raise InputError(
                     f"--kv-budget {recipe.kv_budget:.2%} leaves {budget.width} of the "
                     f"{2 * keys} numbers cached per token and layer. Give a larger one."
@@ -100,6 +105,12 @@ class Budget:
                 f"kv_lora_rank={rank}{beside} is not between 1 and {most}, beyond which nothing is "
                 "gained. Use at most that, or give --kv-budget."
             )
+
+
+def key_scales(config: PretrainedConfig) -> int:
+    """Numbers that a token caches to scale its keys by, where the family normalises them."""
+    norm = FAMILIES[config.model_type].qk_norm
+    return {"head": kv_heads(config), "all": 1, None: 0}[norm]
 
 
 def _width(recipe: Recipe, source: int) -> int:

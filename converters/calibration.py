@@ -13,12 +13,12 @@ and key width, P = E/2 pairs. A causal sequence is attended in blocks of B queri
 up to the block's end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .lowrank import Factors, gram_svd, weighted_svd
@@ -68,7 +68,7 @@ class PhaseMoments:
         mean_phase: mu_hf, the J-weighted mean of exp(i theta_f (t - s)): the best constant to
             multiply the query with in place of the rotation.
         query_energy: J-weighted E|q_hf|^2 scaling^2.
-        inputs: J-weighted second moment of [x, 1] as keys.
+        inputs: J-weighted second moment of [x, 1] as keys, times what a norm multiplies keys with.
     """
 
     mean_phase: Complex[Tensor, "H P"]
@@ -138,12 +138,14 @@ def phase_moments(maps: AttentionMaps, x: Float[Tensor, "N T D"]) -> PhaseMoment
     norms = output_norms(maps)
     for sequence in x:
         read = torch.zeros(length, device=x.device)
+        scales = maps.key_scales(sequence).square().mT  # [G, T]
         for seen in attend(maps, sequence):
             j = score_importance(maps, seen, norms, seen.per_score(seen.weights).square())
             add_by_lag(lags, j)
             pairs = seen.q.unflatten(-1, (2, half)).square().sum(-2)  # [H, B, P], whatever the turn
             energy += torch.einsum("hb,hbp->hp", j.sum(-1), pairs).double()
-            read[: seen.rows.stop] += j.sum((0, 1))
+            by_group = j.sum(1).unflatten(0, (maps.kv_heads, -1)).sum(1)
+            read[: seen.rows.stop] += (by_group * scales[:, : seen.rows.stop]).sum(0)
         keyed = torch.cat([sequence, torch.ones_like(sequence[:, :1])], dim=1)
         inputs += ((keyed * read[:, None]).T @ keyed).double()
     total = lags.sum(1, keepdim=True).clamp_min(1e-300)
@@ -195,7 +197,7 @@ def probe_gradients(
     maps: AttentionMaps,
     x: Float[Tensor, "N T D"],
     generator: torch.Generator,
-    unrotated_q: tuple[Tensor, Tensor | None] | None = None,
+    unrotated_q: Callable[[Float[Tensor, "T D"]], Float[Tensor, "T H K"]] | None = None,
     *,
     rotated_too: bool = False,
 ) -> tuple[Float[Tensor, "N T G E"], Float[Tensor, "N T G V"]]:
@@ -204,17 +206,17 @@ def probe_gradients(
     Keys are meant before their norm, where they are linear in the input.
 
     Args:
-        unrotated_q: (weight [H, E', D], bias [H, E'] or None) of position-free queries. The key
-            gradients are then those of the position-free keys these queries meet.
+        unrotated_q: position-free queries of a sequence. The key gradients are then those of the
+            position-free keys these queries meet.
         rotated_too: those of the keys as they are come first, and of position-free ones second.
     """
     angles = position_angles(maps.inv_freq, x.shape[1])[:, None].float()
     rotated = maps.qk_dim if unrotated_q is None or rotated_too else 0
-    width = rotated + (0 if unrotated_q is None else unrotated_q[0].shape[1])
+    width = rotated + (0 if unrotated_q is None else unrotated_q(x[0, :1]).shape[-1])
     keys = x.new_zeros(len(x), maps.kv_heads, x.shape[1], width)
     values = x.new_zeros(len(x), maps.kv_heads, x.shape[1], maps.v_dim)
     for i, sequence in enumerate(x):
-        free = None if unrotated_q is None else project(sequence, *unrotated_q).transpose(0, 1)
+        free = None if unrotated_q is None else unrotated_q(sequence).transpose(0, 1)
         for seen, heads, weights, scores in _backward(maps, sequence, generator):
             q = seen.q[..., :rotated]
             if free is not None:
@@ -318,20 +320,20 @@ def query_factors(
     q: Float[Tensor, "H Q D"],
     x: Float[Tensor, "N T D"],
     generator: torch.Generator,
-    order: Int[Tensor, " Q"] | None = None,
+    layout: Float[Tensor, "H K Q"],
 ) -> tuple[Factors, Float[Tensor, " D"]]:
     """The stacked queries of every rank under their Gauss-Newton moments, and the input's mean.
 
     Args:
         maps: the attention the queries belong to, in float32.
         q: the query maps, in a layout of their own.
-        order: maps' query dims in that layout; None where it is theirs.
+        layout: what takes them to those of `maps`, head by head.
     """
     weight, by_gram = q.flatten(0, 1), q.shape[0] * q.shape[1] > q.shape[2]
     felt, energy = [], []
     for sequence in x:  # all heads' gradients are the largest thing here
         gradients = query_gradients(maps, sequence[None], generator)
-        gradients = (gradients if order is None else gradients[..., order]).flatten(2)
+        gradients = torch.einsum("nthk,hkq->nthq", gradients, layout).flatten(2)
         energy.append(gradients.square().sum(2))
         felt.append((gradients.to(q.dtype) @ weight).float() if by_gram else gradients)
     moments = in_precision(kronecker(x, torch.cat(felt), torch.cat(energy)), q.dtype)

@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
 from ..modeling.cached_decoding import check_if_newer
+from ..modeling.converted_config import FORMAT
 from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import family_of
+from .inspection import attention_parameters, config_of_dims, pays_from_tokens
 from .job import Job, Progress, cast
 from .memory import peak_rss_bytes
 from .model_card import model_card
@@ -147,17 +149,24 @@ def convert(
 
     def result(folder: Path | None, widths: list[int], layers: list[LayerReport]) -> Conversion:
         scale = stored_dtype.itemsize
-        parameters = zip(*(layer.parameters for layer in layers if layer.parameters), strict=True)
-        names = ("source", "converted")
+        before, after = (
+            sum(counts)
+            for counts in zip(*(layer.parameters or (0, 0) for layer in layers), strict=True)
+        )
+        if folder is None:  # no layer was made
+            planned = config_of_dims(target, [layer.dims for layer in layers])
+            before, after = attention_parameters(source.config), attention_parameters(planned)
+        kv_bytes = {
+            "source": target.source * job.layers * scale,
+            "converted": sum(widths) * scale,
+        }
         return Conversion(
             output=folder,
             form=to,
             kv_budget=sum(widths) / (target.source * job.layers),
-            kv_bytes_per_token={
-                "source": target.source * job.layers * scale,
-                "converted": sum(widths) * scale,
-            },
-            attention_parameters=dict(zip(names, map(sum, parameters), strict=False)),
+            kv_bytes_per_token=kv_bytes,
+            attention_parameters={"source": before, "converted": after},
+            pays_from_tokens=pays_from_tokens(before, after, kv_bytes, scale),
             seconds=time.monotonic() - began,
             peak_rss_bytes=peak_rss_bytes(),
             parts=dict(job.clock.seconds),
@@ -254,6 +263,7 @@ def converted_config(
     own = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
     fields = {k: v for k, v in source.to_dict().items() if k not in (*own, "dtype", "torch_dtype")}
     conversion = asdict(recipe) | {
+        "format": FORMAT,
         "rehead_version": version("rehead"),
         "layer_errors": [layer.error for layer in layers],
     }

@@ -108,8 +108,12 @@ def heads_of(
 
 def reader_in(form: Form, dtype: torch.dtype) -> Reader:
     """The form's reader in that dtype."""
-    rounded = {name: tensor.to(dtype) for name, tensor in form.tensors().items()}
-    return replace(form, **rounded).reader()
+    return rounded(form, dtype).reader()
+
+
+def rounded(form: FormT, dtype: torch.dtype) -> FormT:
+    """The form with its weights in that dtype."""
+    return replace(form, **{name: tensor.to(dtype) for name, tensor in form.tensors().items()})
 
 
 def heads_by(reader: Reader, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T H V"]:

@@ -5,14 +5,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .errors import InputError
-from .families import family_of
+from .families import FAMILIES, family_of
 from .recipe import LayerReport, Recipe
 from .targets import ROPES, TARGETS, MFATarget, Target, target_of
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
+
+
+def pays_from_tokens(
+    source: int, converted: int, kv_bytes: dict[str, int], itemsize: int
+) -> int | None:
+    """The cached tokens from which on a conversion saves memory; None if it never does.
+
+    Args:
+        source, converted: parameters of the attention.
+        kv_bytes: per token, "source" and "converted".
+        itemsize: bytes of a parameter.
+    """
+    saved = kv_bytes["source"] - kv_bytes["converted"]
+    added = (converted - source) * itemsize
+    if added <= 0:
+        return 0
+    return None if saved <= 0 else -(-added // saved)
+
+
+def attention_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the attention of the model that a config describes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # What the families call the attention of a layer: "attn" in GPT-2, "self_attn" in most.
+    calls = {f".{family.attention}." for family in FAMILIES.values()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if any(call in name for call in calls))
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,7 @@ class Offer:
         dims: of a layer of mean width, by the config's names.
         kv_bytes_per_token: over all layers.
         config: of such a model, all its layers with these dims.
+        exact: nothing is lost: the converted model computes what the source does.
         refused: why it cannot be had, in one line; the rest is then None.
     """
 
@@ -33,6 +61,7 @@ class Offer:
     dims: dict[str, int] | None = None
     kv_bytes_per_token: int | None = None
     config: PretrainedConfig | None = None
+    exact: bool = False
     refused: str | None = None
 
 
@@ -85,8 +114,8 @@ def _offer(config: PretrainedConfig, form: str, rope: str, share: float) -> Offe
     dims = _mean_dims(target)
     named = dims.named()
     size = dims.width * config.num_hidden_layers * (config.dtype or torch.float32).itemsize
-    converted = _config(target, named)
-    return Offer(form, dims.width / target.source, rope, named, size, converted)
+    share, converted = dims.width / target.source, _config(target, named)
+    return Offer(form, share, rope, named, size, converted, exact=target.exact)
 
 
 def _mean_dims(target: Target) -> Any:
@@ -97,10 +126,17 @@ def _mean_dims(target: Target) -> Any:
 
 def _config(target: Target, dims: dict[str, int]) -> PretrainedConfig:
     """The config of a model whose layers all have these dims."""
-    source = target.config
-    if isinstance(target, MFATarget):
-        dims = {"share_q_dim": source.hidden_size} | dims  # at most
-    count = dims.get("qk_rope_head_dim", 0) // 2
-    pairs = tuple(index % (target.head_dim // 2) for index in range(count))
+    return config_of_dims(target, [dims] * target.config.num_hidden_layers)
+
+
+def config_of_dims(target: Target, layers: Sequence[dict[str, int]]) -> PretrainedConfig:
+    """The config of a model of which only each layer's dims are known, with pairs made up."""
+    source, reports = target.config, []
+    for layer, dims in enumerate(layers):
+        if isinstance(target, MFATarget):
+            dims = {"share_q_dim": 0} | dims
+        count = dims.get("qk_rope_head_dim", 0) // 2
+        pairs = tuple(index % (target.head_dim // 2) for index in range(count))
+        reports.append(LayerReport(layer, dims, pairs))
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
-    return target.config_of([LayerReport(0, dims, pairs)] * source.num_hidden_layers, fields)
+    return target.config_of(reports, fields)

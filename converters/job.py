@@ -24,7 +24,7 @@ from .memory import release
 from .plan import TRIED_WIDTHS, spend
 from .processes import Processes
 from .recipe import LayerReport, Recipe
-from .refit import refit_output
+from .refit import refit_output, refit_values
 from .stream import LayerStream, OnTensor, ignore
 from .targets import Dims, Target
 from .verify import verify
@@ -244,7 +244,8 @@ class Job:
             A report of every layer, and which projections have a bias.
         """
         stream = self._stream(tokens, False)  # it is only asked for what its config says
-        reports, biases = [], {}
+        reports: list[LayerReport] = []
+        biases: dict[str, bool] = {}
         with self.clock("write"):
             for layer, dim in enumerate(dims):
                 form, closed, error, source_parameters = load(
@@ -253,7 +254,8 @@ class Job:
                 tensors = self._tensors(stream, layer, form, dtype)
                 for name, tensor in tensors.items():
                     writer.add(name, tensor)
-                biases = form.biases()
+                for name, has in form.biases().items():
+                    biases[name] = biases.get(name, False) or has
                 parameters = source_parameters, sum(tensor.numel() for tensor in tensors.values())
                 reports.append(
                     LayerReport(
@@ -305,6 +307,11 @@ class Job:
             heads = heads_of(fitted, measured.x, dtype)
         fitted = refit_output(fitted, fitting, dtype)
         error = output_error(fitted, measured, heads).relative
+        if hasattr(form, "value_reader"):
+            del heads
+            both = refit_output(refit_values(fitted, fitting, dtype), fitting, dtype)
+            other = output_error(both, measured, dtype=dtype).relative
+            fitted, error = (both, other) if other < error else (fitted, error)
         return (fitted, closed, error) if error < closed else (form, closed, closed)
 
     def _stream(

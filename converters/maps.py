@@ -123,6 +123,24 @@ class AttentionMaps:
         q, k = rotate(self.queries(x), angles), rotate(self.keys(x), angles)
         return q, k, project(x, self.v, self.v_bias)
 
+    def key_scales(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch G"]:
+        """What the norm multiplies each KV head's key with, beside its weight; 1 without a norm."""
+        keys = project(x, self.k, self.k_bias)
+        if self.k_norm is None:
+            return torch.ones_like(keys[..., 0])
+        return inverse_rms(keys, self.k_norm, self.norm_eps)
+
+    def with_norm_in_keys(self) -> "AttentionMaps":
+        """The same maps with the weight of the keys' norm in the key map, where they have one.
+
+        A key is then a number of its own, `key_scales`, times what is linear in the input.
+        """
+        if self.k_norm is None:
+            return self
+        weight = self.k_norm.expand(self.k.shape[:2])
+        bias = None if self.k_bias is None else self.k_bias * weight
+        return replace(self, k=self.k * weight[..., None], k_bias=bias)
+
     @property
     def heads(self) -> int:
         return self.q.shape[0]
@@ -197,6 +215,17 @@ def normalised(
     dims = tuple(range(-weight.dim(), 0))
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     return (wide * (wide.square().mean(dims, keepdim=True) + eps).rsqrt() * weight).to(z.dtype)
+
+
+def inverse_rms(
+    z: Float[Tensor, "*batch H E"],
+    weight: Float[Tensor, " E"] | Float[Tensor, "H E"],
+    eps: float,
+) -> Float[Tensor, "*batch H"]:
+    """What an RMS norm multiplies z with, beside its weight: one number a head, or one for all."""
+    dims = tuple(range(-weight.dim(), 0))
+    inverse = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return inverse[..., 0].expand(z.shape[:-1])
 
 
 def augmented(

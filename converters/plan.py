@@ -28,16 +28,19 @@ class LayerDims:
     Args:
         rope_pairs: the frequencies of the rotated components; None to choose the layer's best.
         on_read: the rotated dims are read from the latent instead of cached, 0 for every key whole.
+        scales: numbers beside them, by which keys are scaled where they are normalised.
     """
 
     kv_lora_rank: int
     qk_rope_head_dim: int = 0
     rope_pairs: tuple[int, ...] | None = None
     on_read: bool = False
+    scales: int = 0
 
     @property
     def width(self) -> int:
-        return self.kv_lora_rank + (0 if self.on_read else self.qk_rope_head_dim)
+        rotated = 0 if self.on_read else self.qk_rope_head_dim
+        return self.kv_lora_rank + rotated + self.scales
 
     def named(self) -> dict[str, int]:
         """The dims by the config's names."""

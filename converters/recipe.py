@@ -89,6 +89,9 @@ class Conversion:
     Args:
         parts: seconds of all layers by what was done: "read", "forward", "statistics", "compare
             dims", "factorise", "fit" (healing and regression), "write" and "verify".
+        attention_parameters: of all layers, "source" and "converted".
+        pays_from_tokens: the cached tokens, of all sequences together, from which on weights and
+            cache take less memory than the source's: 0 for a model that is nowhere larger.
         warnings: a line for every layer whose error is out of the ordinary.
     """
 
@@ -101,6 +104,7 @@ class Conversion:
     recipe: Recipe
     parts: dict[str, float] = field(default_factory=dict)
     attention_parameters: dict[str, int] = field(default_factory=dict)
+    pays_from_tokens: int | None = None
     layers: list[LayerReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

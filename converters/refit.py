@@ -6,14 +6,15 @@ the H V outputs of the heads, and a constant where o has a bias.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .activations import Activations
-from .healing import Form, heads_by, reader_in
+from .healing import Form, heads_by, reader_in, rounded
+from .lowrank import square_roots
 
 # Ridges to choose from, as shares of the mean energy of a feature.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -51,6 +52,81 @@ def refit_output(form: FormT, seen: Activations, dtype: torch.dtype = torch.floa
     if bias is not None:
         fitted["o_bias"] = bias + delta[:, width]
     return replace(form, **fitted)
+
+
+@torch.no_grad()
+def refit_values(form: Any, seen: Activations, dtype: torch.dtype = torch.float32) -> Any:
+    """The form with its maps from a value head to every KV head's values, and o, fitted together.
+
+    Given queries and keys, the output is linear in the product W_h = o_h v_b of every head, so that
+    the best one has a closed form. The nearest product of the form's rank, under the moment of what
+    it reads, is a truncated singular value decomposition. Heads that share v_b decide on it by
+    their mean moment, and each has then the o that is best for it.
+
+    Args:
+        form: with `value_reader` and `v_b`.
+        dtype: to compute the heads' outputs in.
+    """
+    reader = rounded(form, dtype).value_reader()
+    wide = form.value_reader().o
+
+    def features(x: Tensor) -> Tensor:
+        return heads_by(reader, x[None])[0].flatten(1)  # [T, H C]
+
+    bias = form.o_bias
+    o = wide.flatten(1).float()
+
+    def with_constant(x: Tensor) -> Tensor:
+        out = features(x)
+        return out if bias is None else torch.cat([out, torch.ones_like(out[:, :1])], dim=1)
+
+    if bias is not None:
+        o = torch.cat([o, bias[:, None].float()], dim=1)
+    delta = output_step(with_constant, o, seen, form.o.dtype)
+    if delta is None:
+        return form
+    wide = wide + delta[:, : wide[0].numel()].unflatten(1, wide.shape[1:])
+    moments = _moments_by_head(features, seen, wide.shape[1], wide.dtype)
+    v_b, out = factor_values(wide, moments, form.v_b.shape[:2])
+    return replace(form, v_b=v_b, o=out)
+
+
+def factor_values(
+    wide: Float[Tensor, "D H C"], moments: Float[Tensor, "H C C"], shape: tuple[int, int]
+) -> tuple[Float[Tensor, "G V C"], Float[Tensor, "D H V"]]:
+    """(v_b, o) of the given groups and width whose products come nearest to every head's map.
+
+    Args:
+        moments: of what each head's map reads.
+    """
+    groups, width = shape
+    repeats = wide.shape[1] // groups
+    found_v, found_o = [], []
+    for group in range(groups):
+        heads = slice(group * repeats, (group + 1) * repeats)
+        root, inverse = square_roots(moments[heads].mean(0))
+        rows = wide[:, heads].permute(1, 0, 2).flatten(0, 1) @ root  # [R D, C]
+        _, vectors = torch.linalg.eigh(rows.mT @ rows)
+        v_b = vectors.flip(1)[:, :width].mT @ inverse
+        if len(v_b) < width:  # a value head narrower than the heads' values
+            v_b = torch.nn.functional.pad(v_b, (0, 0, 0, width - len(v_b)))
+        found_v.append(v_b)
+        for head in range(heads.start, heads.stop):
+            read = moments[head] @ v_b.mT
+            gram = v_b @ read
+            gram.diagonal().add_(1e-8 * gram.diagonal().mean())
+            found_o.append(torch.linalg.solve(gram, (wide[:, head] @ read).mT).mT)
+    return torch.stack(found_v), torch.stack(found_o, dim=1)
+
+
+def _moments_by_head(
+    features: Callable[[Tensor], Tensor], seen: Activations, heads: int, precision: torch.dtype
+) -> Float[Tensor, "H C C"]:
+    total: Any = 0
+    for x, weights in zip(seen.x, seen.weights, strict=True):
+        out = features(x).unflatten(1, (heads, -1)).transpose(0, 1)  # [H, T, C]
+        total = total + ((out * weights[:, None]).mT @ out).to(precision)
+    return total
 
 
 def output_step(

@@ -1,7 +1,7 @@
 """Which of a layer's key pairs keep RoPE, and what the others become without it.
 
 Letters: H query heads, G KV heads, E head width, P = E/2 pairs, V value width, D hidden size,
-C = G P components, n of them rotated, R = 2n rotated dims, Q = E + R.
+C = G P components, n of them rotated, R = 2n rotated dims.
 """
 
 from collections.abc import Sequence
@@ -24,21 +24,26 @@ class RopeSplit:
     """A layer whose n strongest components keep RoPE, before anything is of low rank.
 
     Args:
-        q: every head's queries [without RoPE, times the mean phase | rotated components].
+        phase: what every head's pairs are multiplied with where they meet keys without RoPE, real
+            parts then imaginary parts.
+        synthesis: what the rotated components are multiplied with in every KV head's key, likewise.
         k_rope: the rotated components of the one shared key.
         k_nope: what the kept components leave of the keys.
+        k_nope_bias: the same of the keys' bias. It shifts all scores of a query alike, which no
+            softmax sees, unless keys are normalised.
         rope_pairs: frequency index of each kept component.
         removed: J-weighted squared score error that each dropped component costs, in total.
-        synthesis: the rotated key's part in all keys, whose transpose takes their gradients to its.
+        rows: the rotated key's part in all keys, whose transpose takes their gradients to its.
     """
 
-    q: Float[Tensor, "H Q D"]
+    phase: Float[Tensor, "H E"]
+    synthesis: Float[Tensor, "G R"]
     k_rope: Float[Tensor, "R D"]
     k_nope: Float[Tensor, "G E D"]
+    k_nope_bias: Float[Tensor, "G E"]
     rope_pairs: tuple[int, ...]
     removed: float
-    synthesis: Float[Tensor, "R GE"]
-    q_bias: Float[Tensor, "H Q"] | None = None
+    rows: Float[Tensor, "R GE"]
     k_rope_bias: Float[Tensor, " R"] | None = None
 
 
@@ -168,40 +173,30 @@ def split_rope(
     maps: AttentionMaps, moments: PhaseMoments, components: Components, count: int
 ) -> RopeSplit:
     """Keeps the rotation of the first `count` components and removes the others'."""
-    groups, repeats, width = maps.kv_heads, maps.repeats, maps.qk_dim
+    groups, width = maps.kv_heads, maps.qk_dim
     keys = _complex(augmented(maps.k, maps.k_bias))
-    queries = _complex(augmented(maps.q, maps.q_bias))
     rest = keys.clone()
     k_rope = keys.new_empty(count, keys.shape[-1])
-    q = maps.q.new_empty(maps.heads, width + 2 * count, maps.hidden)  # the largest of all
-    q_bias = None if maps.q_bias is None else q.new_empty(q.shape[:2])
-    q[:, :width], free_bias = position_free_queries(maps, moments)
-    if q_bias is not None and free_bias is not None:
-        q_bias[:, :width] = free_bias
     for j in range(count):
-        pair, synthesis = components.pair[j], components.synthesis[j]
-        z = components.analysis[j] @ keys[:, pair]
-        rest[:, pair] -= synthesis[:, None] * z
-        k_rope[j] = z
-        turned = queries[:, pair] * synthesis.conj().repeat_interleave(repeats)[:, None]
-        for place, part in ((width + j, turned.real), (width + count + j, turned.imag)):
-            q[:, place] = part[:, :-1]
-            if q_bias is not None:
-                q_bias[:, place] = part[:, -1]
+        pair = components.pair[j]
+        k_rope[j] = components.analysis[j] @ keys[:, pair]
+        rest[:, pair] -= components.synthesis[j][:, None] * k_rope[j]
     # A frequency of which every component is kept leaves nothing but rounding.
     kept = torch.bincount(
         torch.tensor(components.pair[:count], dtype=torch.long), minlength=width // 2
     )
     rest[:, kept == groups] = 0
     k_rot = _real(k_rope)
+    synthesis, phase = components.synthesis[:count].mT, moments.mean_phase
     return RopeSplit(
-        q=q,
+        phase=torch.cat([phase.real, phase.imag], dim=-1).to(maps.q),
+        synthesis=torch.cat([synthesis.real, synthesis.imag], dim=-1).to(maps.q),
         k_rope=k_rot[..., :-1],
-        k_nope=_real(rest)[..., :-1],  # its bias shifts all scores of a query alike: no effect
+        k_nope=_real(rest)[..., :-1],
+        k_nope_bias=_real(rest)[..., -1],
         rope_pairs=components.pair[:count],
         removed=float(components.cost[count:].sum()),
-        synthesis=_synthesis(components, count, width // 2),
-        q_bias=q_bias,
+        rows=_synthesis(components, count, width // 2),
         k_rope_bias=None if maps.k_bias is None else k_rot[..., -1],
     )
 
@@ -216,13 +211,12 @@ def _synthesis(components: Components, count: int, half: int) -> Float[Tensor, "
     return found.flatten(2).flatten(0, 1)
 
 
-def position_free_queries(
-    maps: AttentionMaps, moments: PhaseMoments
-) -> tuple[Float[Tensor, "H E D"], Float[Tensor, "H E"] | None]:
-    """Queries that meet keys without RoPE: every pair times its mean phase."""
-    queries = _complex(augmented(maps.q, maps.q_bias))
-    free = _real(queries * moments.mean_phase.to(queries.dtype)[..., None])
-    return free[..., :-1], None if maps.q_bias is None else free[..., -1]
+def multiplied(
+    x: Float[Tensor, "*batch H E"], factors: Float[Tensor, "H E"]
+) -> Float[Tensor, "*batch H E"]:
+    """Pairs of x times complex factors, both [real parts | imaginary parts]."""
+    (a, b), (c, d) = x.chunk(2, dim=-1), factors.chunk(2, dim=-1)
+    return torch.cat([a * c - b * d, a * d + b * c], dim=-1)
 
 
 def output_bias(

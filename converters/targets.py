@@ -12,13 +12,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import modeling
-from .budget import Budget
+from .budget import Budget, key_scales
 from .errors import InputError
 from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
+from .latent import LatentAttention, with_low_rank_queries
 from .maps import AttentionMaps
-from .mfa import MFA, MFADims, mfa_builder, mfa_moments, with_shared_queries
-from .mla import MLA, MLAMoments, mla_builder, mla_moments, with_low_rank_queries
+from .mfa import MFADims, mfa_builder
+from .mfa_kr import mfa_kr_builder
+from .mla import mla_builder
+from .moments import LatentMoments, latent_moments
 from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
 from .rope_split import (
@@ -30,8 +33,9 @@ from .rope_split import (
 
 ROPES = ("decoupled", "on-read")
 PRESETS = ("engine",)
-# Attention may grow in parameters by this before MFA's dims have to be asked for.
-MOST_GROWTH = 4
+# MFA's queries may lose, by their low rank, this share of the error that the layer has anyway.
+QUERY_SHARE = 0.02
+ROUNDING = 1e-8
 
 
 class Dims(Protocol):
@@ -55,6 +59,7 @@ class Target(ABC):
         source: numbers the source caches per token and layer.
         keys, rotatable: how many of them are keys', and how many of those are rotated.
         width: mean width of the converted cache.
+        scales: numbers of a layer's cache by which keys are scaled where they are normalised.
         least, most: the narrowest and the widest cache of a layer.
         splits: the shares of a layer's width that are tried as rotated dims.
         fixed: the dims of every layer where nothing is left to choose.
@@ -69,6 +74,7 @@ class Target(ABC):
     splits: Sequence[float] = (0.0,)
     fixed: Sequence[Dims] | None = None
     refits: bool = True
+    scales: int = 0
     source: int
     width: int
     least: int
@@ -82,13 +88,30 @@ class Target(ABC):
         self.keys = self.kv_heads * self.head_dim
         self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
         self.qk_norm = FAMILIES[config.model_type].qk_norm
-        if self.qk_norm and (recipe.form != "mla" or recipe.rope != "on-read"):
+        if self.qk_norm and self.stock:
             raise InputError(
-                f"{config.model_type} normalises every key, which is then no linear map of what is "
-                "cached. Keys formed on read can be normalised: use --to mla --rope on-read."
+                f"{config.model_type} normalises every key, and no mix of two is normalised as "
+                "both are. Use --to mla, mfa or mfa-kr, which cache what keys are scaled by."
+            )
+        if self.qk_norm and recipe.native:
+            raise InputError(
+                f"{config.model_type} normalises every key, which --native classes do not. Leave "
+                "out --native or --preset."
+            )
+        ranks = {"q_lora_rank": recipe.q_lora_rank, "share_q_dim": recipe.share_q_dim}
+        asked = [name for name, rank in ranks.items() if rank is not None]
+        if self.qk_norm and asked and recipe.rope != "on-read":
+            raise InputError(
+                f"{config.model_type} normalises its queries, which are kept whole. Leave out "
+                f"--{asked[0].replace('_', '-')}."
             )
         self.source = 2 * self.keys
         self.width = int(recipe.kv_budget * self.source + 1e-9)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cache is wide enough for nothing to be lost."""
+        return self.width >= self.most
 
     @property
     def model_class(self) -> type[PreTrainedModel] | None:
@@ -180,9 +203,10 @@ class MLATarget(Target):
             )
         if self.engine and recipe.q_lora_rank is not None:
             raise InputError("--preset engine keeps the queries whole. Leave out --q-lora-rank.")
+        self.scales = 0 if self.on_read else key_scales(config)
         self.budget = Budget.of(config, recipe)
         self.width, self.fixed = self.budget.width, self.budget.fixed
-        self.least = 3 if self.rotatable and not self.on_read else 1
+        self.least = (3 if self.rotatable and not self.on_read else 1) + self.scales
         self.most = self.budget.most
         if self.on_read:
             # Where keys are normalised, none is a sum of others.
@@ -199,9 +223,16 @@ class MLATarget(Target):
         elif self.rotatable:
             self.splits = TRIED_SPLITS
 
+    @property
+    def exact(self) -> bool:
+        # Engines rotate every frequency once, which is less than there is.
+        return super().exact and not self.engine
+
     def dims(self, width: int, share: float) -> LayerDims:
         if not self.on_read:
-            return split_width(width, share, self.budget.rotatable, self.budget.rank)
+            beside = width - self.scales
+            dims = split_width(beside, share, self.budget.rotatable, self.budget.rank)
+            return replace(dims, scales=self.scales)
         # A component of each head's each frequency would be every key, in a dearer layout.
         rotated = 2 * round(share * self.rotatable / 2) if share < 1 else 0
         rank = min(width, self.budget.rank)
@@ -213,26 +244,27 @@ class MLATarget(Target):
         most = READ_MARGIN * error(1.0)
         return next((share for share in self.splits if error(share) <= most), 1.0)
 
-    def moments(self, maps, x, generator) -> MLAMoments:
+    def moments(self, maps, x, generator) -> LatentMoments:
         if self.engine and (maps.q_bias is not None or maps.k_bias is not None):
             raise InputError(
                 f"--preset engine has no place for the biases of this {self.config.model_type} "
                 "model's queries and keys. Use --native, which transformers' own class holds."
             )
-        return mla_moments(maps, x, generator, self.on_read)
+        return latent_moments(maps, x, generator, self.on_read)
 
-    def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[LayerDims], MLA]:
+    def builder(self, maps, moments) -> Callable[[LayerDims], LatentAttention]:
         return mla_builder(maps, moments)
 
-    def finish(self, form: MLA, x, error, generator) -> MLA:
+    def finish(self, form, x, error, generator) -> LatentAttention:
         if self.engine:  # what is fitted afterwards makes up for the bias
             return replace(form, o_bias=None)
-        if self.recipe.q_lora_rank is None:
+        rank = self.recipe.q_lora_rank
+        if rank is None:
             return form
-        return with_low_rank_queries(form, x, generator, self.recipe.q_lora_rank)
+        return with_low_rank_queries(form, x, generator, lambda energy: rank, "q_lora_rank")
 
-    def settled(self, form: MLA, x) -> MLA:
-        return form.settled(x).balanced()
+    def settled(self, form, x) -> LatentAttention:
+        return form.stored(x)
 
     def asked(self, maps, moments) -> tuple[Components, Tensor] | None:
         if not self.recipe.native:
@@ -255,8 +287,6 @@ class MLATarget(Target):
         return config_class(
             **fields,
             **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
-            qk_nope_head_dim=self.head_dim,
-            v_head_dim=self.head_dim,
             q_lora_rank=self.recipe.q_lora_rank,
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             rope_on_read=self.on_read,
@@ -299,6 +329,10 @@ class GQATarget(Target):
         # Asked for by name, the mean of the GQA paper is what it is there.
         self.refits = recipe.pooling != "mean" or bool(recipe.heal)
         self.fixed = [GQADims(count, self.width)] * config.num_hidden_layers
+
+    @property
+    def exact(self) -> bool:
+        return self.width == self.source
 
     def _count(self, divisors: list[int]) -> int:
         if self.recipe.num_key_value_heads is not None:
@@ -356,19 +390,26 @@ class MFATarget(Target):
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
         self.caches = 1 if self.key_reuse else 2  # heads of width C
-        self.least, self.most = 2 * self.caches, self._widest()
+        self.scales = key_scales(config)
+        self.least, self.most = 2 * self.caches + self.scales, self._widest() + self.scales
         head_dim, rotated = recipe.head_dim, recipe.qk_rope_head_dim
         if head_dim is None:
-            head_dim = min(self.width, self.most) // (2 * self.caches) * 2
+            widest = self.most if recipe.kv_budget == 1 else min(self.width, self.most)
+            head_dim = (widest - self.scales) // (2 * self.caches) * 2
             if head_dim < 2:
                 raise self._too_small()
-            self._check_growth(head_dim)
-        elif head_dim % 2 or not 2 <= head_dim <= self.most // self.caches:
+        elif head_dim % 2 or not 2 <= head_dim <= self._widest() // self.caches:
             raise InputError(
                 f"--head-dim {head_dim} must be even, at least 2 and at most "
-                f"{self.most // self.caches}, beyond which nothing is gained."
+                f"{self._widest() // self.caches}, beyond which nothing is gained."
             )
-        self.width = self.caches * head_dim
+        self.width = self.caches * head_dim + self.scales
+        rank, hidden = recipe.share_q_dim, config.hidden_size
+        if rank is not None and not 1 <= rank <= min(hidden, self.heads * self.head_dim):
+            raise InputError(
+                f"share_q_dim={rank} must be at least 1 and at most "
+                f"{min(hidden, self.heads * self.head_dim)}, the rank that the queries have."
+            )
         most = min(head_dim, self.rotatable)
         if rotated is not None and (rotated % 2 or not 0 <= rotated <= most):
             raise InputError(
@@ -380,7 +421,7 @@ class MFATarget(Target):
         if self.width >= self.most:
             self.fixed = [self.dims(self.most, 1.0)] * config.num_hidden_layers
         elif recipe.head_dim is not None and rotated is not None:
-            fixed = MFADims(head_dim, rotated, self.key_reuse)
+            fixed = MFADims(head_dim, rotated, self.key_reuse, self.scales)
             self.fixed = [fixed] * config.num_hidden_layers
 
     def _widest(self) -> int:
@@ -388,43 +429,59 @@ class MFATarget(Target):
         free = min(self.keys - self.rotatable, self.config.hidden_size)
         return 2 * (self.rotatable + free + free % 2)
 
-    def _check_growth(self, head_dim: int) -> None:
-        hidden = self.config.hidden_size
-        before = 2 * hidden * (self.heads * self.head_dim + self.keys)
-        after = 2 * hidden * self.heads * head_dim + hidden * head_dim * self.caches
-        if after > MOST_GROWTH * before:
-            raise InputError(
-                f"--kv-budget {self.recipe.kv_budget:.2%} makes heads of width {head_dim}, and "
-                f"attention {after / before:.1f} times as large ({self.heads} heads read all of "
-                f"it). Give a smaller budget, or --head-dim {head_dim} to have it all the same."
-            )
-
     def dims(self, width: int, share: float) -> MFADims:
-        head_dim = min(width, self.most) // (2 * self.caches) * 2
+        head_dim = (min(width, self.most) - self.scales) // (2 * self.caches) * 2
         rotated = min(2 * round(share * head_dim / 2), self.rotatable, head_dim)
-        return MFADims(head_dim, rotated, self.key_reuse)
+        return MFADims(head_dim, rotated, self.key_reuse, self.scales)
 
-    def moments(self, maps, x, generator) -> MLAMoments:
-        return mfa_moments(maps, x, generator)
+    def moments(self, maps, x, generator) -> LatentMoments:
+        return latent_moments(maps, x, generator, rope_on_read=False)
 
-    def builder(self, maps: AttentionMaps, moments: MLAMoments) -> Callable[[MFADims], MFA]:
-        return mfa_builder(maps, moments)
+    def builder(self, maps, moments) -> Callable[[MFADims], LatentAttention]:
+        return (mfa_kr_builder if self.key_reuse else mfa_builder)(maps, moments)
 
-    def finish(self, form: MFA, x, error, generator) -> MFA:
-        wanted = self.recipe.share_q_dim
-        return with_shared_queries(form, x, generator, share_q_dim=wanted, error=error)
+    def finish(self, form, x, error, generator) -> LatentAttention:
+        heads, width, hidden = form.q.shape
+        if self.qk_norm:  # normalised queries are no linear map that could have a rank
+            return form
+        asked = self.recipe.share_q_dim
 
-    def named(self, form: MFA, dims: Dims) -> dict[str, int]:
-        return dims.named() | {"share_q_dim": form.share_q_dim}
+        def rank(energy: Tensor) -> int | None:
+            """The smallest at which the error stays what it is, where that saves weights."""
+            if asked is not None:
+                return min(asked, heads * width)  # of rows that are narrower, all there is
+            total = energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+            left = energy.flip(0).cumsum(0).flip(0) / total
+            least = max(1, int((left > QUERY_SHARE * error).sum()))
+            smaller = least * (heads * width + hidden) < heads * width * hidden
+            return least if smaller else None
+
+        if asked is not None or error >= ROUNDING:  # an exact layer stays so, on any text
+            form = with_low_rank_queries(form, x, generator, rank, "share_q_dim")
+        # A low rank makes a bias, and a config has one flag for all layers.
+        return (
+            form
+            if form.q_bias is not None
+            else replace(form, q_bias=form.q.new_zeros(heads, width))
+        )
+
+    def settled(self, form, x) -> LatentAttention:
+        return form.stored(x)
+
+    def named(self, form, dims: Dims) -> dict[str, int]:
+        rank = 0 if form.q_down is None else len(form.q_down)
+        return dims.named() | {"share_q_dim": rank}
 
     def config_of(self, layers, fields) -> PretrainedConfig:
         config_class, _, causal_lm = self.classes[self.config.model_type]
         names = {"head_dim": "mfa_head_dim", "qk_rope_head_dim": None, "share_q_dim": None}
+        widths = _per_layer(layers, names)
         return config_class(
             **fields,
-            **_per_layer(layers, names),
+            **widths | {"share_q_dim": widths["share_q_dim"] or None},
             rope_pairs=[list(layer.rope_pairs) for layer in layers],
             key_reuse=self.key_reuse,
+            qk_norm=bool(self.qk_norm),
             architectures=[causal_lm.__name__],
         )
 

@@ -25,13 +25,20 @@ import torch
 from .calibration import Kronecker, PhaseMoments
 from .errors import InputError
 from .gqa import GQA, GQAMoments
-from .mfa import MFA
-from .mla import MLA, MLAMoments
+from .mfa import MFA, MFARows
+from .mfa_kr import MFAKR, MFAKRRows
+from .mla import MLA
+from .moments import LatentMoments
+from .on_read import KeyInLatentMLA, ReadKeyMLA
 from .processes import OtherFailed
 from .rope_split import Components
+from .whole_keys import InputMLA, WholeKeyMLA
 from .writer import NO_SPACE
 
-KEPT: list[Any] = [Components, GQA, GQAMoments, Kronecker, MFA, MLA, MLAMoments, PhaseMoments]
+KEPT: list[Any] = [
+    *(Components, GQA, GQAMoments, Kronecker, LatentMoments, PhaseMoments),
+    *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
+]
 
 MARKER = "recipe.json"
 OURS = re.compile(r"recipe\.json|(moments|fitted)-\d+\.(pt|partial)|model")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..converters.families import FAMILIES
+from ..converters.inspection import attention_parameters
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ def _layer(config: PretrainedConfig, index: int) -> tuple[int, int]:
         return getattr(config, name) if widths is None else widths[index]
 
     if hasattr(config, "mfa_head_dim"):
-        return min(width("mfa_head_dim"), width("share_q_dim")), width("mfa_head_dim")
+        cached, rank = width("mfa_head_dim"), width("share_q_dim")
+        return min(config.head_dim, cached, rank or cached), cached
     if hasattr(config, "kv_lora_rank"):
         latent, rotated = width("kv_lora_rank"), width("qk_rope_head_dim")
-        rank = min(config.qk_nope_head_dim, latent) + rotated
         cached = latent if getattr(config, "rope_on_read", False) else latent + rotated
+        # Queries have the source's width, whatever they read; stock classes have rows of their own.
+        head = getattr(config, "head_dim", None) if hasattr(config, "rope_on_read") else None
+        rank = head or min(config.qk_nope_head_dim, latent) + rotated
         return min(rank, cached, config.q_lora_rank or rank), cached
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -54,8 +57,4 @@ def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     """All parameters of the model a config describes, and those of its attention."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    # What the families call the attention of a layer: "attn" in GPT-2, "self_attn" in most.
-    calls = {f".{family.attention}." for family in FAMILIES.values()}
-    attention = [size for name, size in sizes.items() if any(call in name for call in calls)]
-    return sum(sizes.values()), sum(attention)
+    return sum(parameter.numel() for parameter in model.parameters()), attention_parameters(config)

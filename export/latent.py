@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ..converters.checkpoint import Source
 from ..converters.errors import InputError
 from ..converters.families import FAMILIES, Family, window_in_use
+from ..converters.rope_split import multiplied
 from ..modeling import CLASSES
 
 AGAIN = "Convert the original again with --to mla --native."
@@ -127,16 +128,29 @@ class LatentModel:
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         nope, rotated, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         stored = self._stored(self.family.prefix(index))
+        pairs, resting = config.layer_rope_pairs(index), config.layer_resting_pairs(index)
+        dims = [*resting, *(nope // 2 + pair for pair in resting)]
+        phase = torch.zeros(heads, nope, dtype=torch.float64)
+        if dims:
+            phase[:, dims] = stored["q_phase"]
 
         def queries(tensor: Tensor) -> Tensor:
-            still, turning = tensor.unflatten(0, (heads, -1)).split([nope, rotated], dim=1)
-            turning = interleave(turning, 1) * self.rope_factor
+            """Rows [position-free | rotated] of every head, which a stock class has."""
+            source = tensor.reshape(heads, nope, -1).movedim(-1, 0)  # [Din, H, E]
+            real, imag = stored["k_synthesis"].repeat_interleave(heads // groups, 0).chunk(2, -1)
+            components = source.unflatten(-1, (2, -1))[..., pairs].flatten(-2)
+            turning = multiplied(components, torch.cat([real, -imag], dim=-1)).movedim(0, -1)
+            still = multiplied(source, phase).movedim(0, -1)
             factor = ((nope + rotated) / config.head_dim) ** 0.5
-            return (torch.cat([still, turning], dim=1) * factor).flatten(0, 1)
+            rows = torch.cat([still, interleave(turning, 1) * self.rope_factor], dim=1) * factor
+            return rows.flatten(0, 1).reshape(-1, *tensor.shape[1:])
 
         def every_head(tensor: Tensor) -> Tensor:
-            per_group = tensor.unflatten(0, (groups, -1))
-            return per_group.repeat_interleave(heads // groups, dim=0).flatten(0, 1)
+            """[key | value] of every head, with nothing where a key leaves no rest."""
+            found = tensor.unflatten(0, (groups, -1))
+            pair = found.new_zeros(groups, nope + config.v_head_dim, *tensor.shape[1:])
+            pair[:, dims], pair[:, nope:] = found[:, : len(dims)], found[:, len(dims) :]
+            return pair.repeat_interleave(heads // groups, dim=0).flatten(0, 1)
 
         q = "q_proj" if config.q_lora_rank is None else "q_b_proj"
         kv_a, kv_a_bias = stored["kv_a_proj_with_mqa.weight"], stored.get("kv_a_proj_with_mqa.bias")

@@ -34,12 +34,13 @@ def register_in_vllm() -> None:
 
 # The linear layers of every form's attention, for peft's LoraConfig(target_modules=...).
 _STOCK = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_QUERIES = ["q_proj", "q_a_proj", "q_b_proj"]
 LORA_TARGET_MODULES = {
     "gqa": _STOCK,
     "mqa": _STOCK,
-    "mla": ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
-    "mfa": ["q_proj", "wq", "k_proj", "v_proj", "o_proj"],
-    "mfa-kr": ["q_proj", "wq", "k_proj", "kr_proj", "o_proj"],
+    "mla": [*_QUERIES, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "mfa": [*_QUERIES, "k_proj", "v_proj", "k_b_proj", "v_b_proj", "o_proj"],
+    "mfa-kr": [*_QUERIES, "k_proj", "k_b_proj", "v_b_proj", "o_proj"],
 }
 
 __all__ = ["CLASSES", "GQA_CLASSES", "LORA_TARGET_MODULES", "MFA_CLASSES", "MLA_CLASSES", "Classes"]

@@ -82,14 +82,14 @@ class ConvertedAttention(nn.Module):
         last = torch.arange(total - len(slots), total, device=slots.device)
         return torch.minimum(slots, last)
 
-    def _turned_at(self, query, slots, angles):
-        """Queries [B, H, T, k] for keys that are turned when read, turned at their `slots` [T]."""
-        # The factor of RoPE types such as YaRN stands on both sides of a score.
-        cos, sin = (x * angles.score_scaling for x in self._select(angles.at(slots)))
-        return self._rotate_tail(query, cos, sin)
-
     def _attend(self, query, key, value, mask, scaling, **kwargs):
         """Attention [B, T, H, v], and its weights where they were made, as the config has it."""
+        width = value.shape[-1]
+        if self.config._attn_implementation != "eager":
+            # Fused kernels want queries, keys and values of one width.
+            missing = query.shape[-1] - width
+            query, key = (nn.functional.pad(x, (0, max(0, -missing))) for x in (query, key))
+            value = nn.functional.pad(value, (0, max(0, missing)))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -100,7 +100,7 @@ class ConvertedAttention(nn.Module):
                     'Give attn_implementation="eager".'
                 )
             kwargs["softcap"] = self.softcap
-        return attention(
+        output, weights = attention(
             self,
             query,
             key,
@@ -111,6 +111,7 @@ class ConvertedAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        return output[..., :width], weights
 
     def _heads_may_be_rows(self, length: int, mask: torch.Tensor | None) -> bool:
         """Whether no gradient is wanted, and one explicit mask serves all heads."""
@@ -130,17 +131,20 @@ class ConvertedAttention(nn.Module):
         """
         return query.shape[2] == 1 and query.device.type == "cpu"
 
-    def _attend_as_rows(self, query, key, value, mask, apart=None):
+    def _attend_as_rows(self, query, key, value, mask, apart=None, normed=None):
         """Attention [B, H, T, v] of query [B, H, T, k] over one key and one value [B, 1, S, ...].
 
         The heads are rows of one product, so neither key nor value is copied for each head. The
-        scores `apart` [B, H, T, S], scaled already, are added to those of query and key.
+        scores `apart` [B, H, T, S], scaled already, are added to those of query and key. `normed`
+        makes of scores what they are with normalised keys.
         """
         batch, heads, length, _ = query.shape
-        if self.config._attn_implementation == "eager" or self.softcap is not None:
+        fused = self.config._attn_implementation != "eager" and self.softcap is None
+        if not fused or normed is not None:
             scores = (query.flatten(1, 2) @ key.squeeze(1).mT) * self.scaling
             scores = scores.view(batch, heads, length, -1)
             scores = scores if apart is None else scores + apart
+            scores = scores if normed is None else normed(scores)
             weights = self._softmax(scores, mask, query.dtype)
             return self._mix(weights, value), weights
         if apart is not None:

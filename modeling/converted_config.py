@@ -1,9 +1,13 @@
 """Configuration fields of a converted model, shared by every form and family."""
 
+from collections import Counter
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
+
+# The layout of a converted model's tensors and fields, in `conversion`.
+FORMAT = 2
 
 # Of a model with a few thousand parameters, whichever of these fields its family has.
 TINY = dict(
@@ -45,6 +49,9 @@ class ConvertedConfigMixin(PreTrainedConfig):
     attention_name: ClassVar[str] = "self_attn"
     # Whether the family's classes may rotate a part of each head alone.
     partial_rotary: ClassVar[bool] = False
+    # Whether the family normalises queries and keys, and whether all heads' together.
+    norms_keys: ClassVar[bool] = False
+    norm_all_heads: ClassVar[bool] = False
     # Whether the family's classes cap scores by `attn_logit_softcapping`.
     caps_scores: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {}
@@ -57,6 +64,7 @@ class ConvertedConfigMixin(PreTrainedConfig):
     qk_rope_head_dim: int = 64
     qk_rope_head_dim_per_layer: list[int] | None = None
     rope_pairs: list[list[int]] | None = None
+    qk_norm: bool = False
     q_bias: bool = False
     o_bias: bool = False
     conversion: dict[str, Any] | None = None
@@ -76,9 +84,17 @@ class ConvertedConfigMixin(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_format()
         self._check_source()
         self._check_widths()
         self._check_rope()
+
+    def layer_resting_pairs(self, layer_idx: int) -> list[int]:
+        """The pairs of a head's key of which not every KV head's component is rotated."""
+        assert self.head_dim is not None
+        counts = Counter(self.layer_rope_pairs(layer_idx))
+        groups = self.num_key_value_heads
+        return [pair for pair in range(self.head_dim // 2) if counts[pair] < groups]
 
     @classmethod
     def tiny(cls) -> list[Self]:
@@ -89,7 +105,28 @@ class ConvertedConfigMixin(PreTrainedConfig):
         if "rope_parameters" not in known:  # then nothing is rotated, and nothing on read
             still = {"qk_rope_head_dim": 0}
             layouts = tuple(layout | still for layout in layouts if not layout.get("rope_on_read"))
+        if cls.norms_keys:  # and keys that are normalised are formed whole on read
+            layouts = tuple(
+                layout | {"qk_norm": True}
+                for layout in layouts
+                if not (layout.get("rope_on_read") and layout["qk_rope_head_dim"])
+            )
         return [cls(**small | layout) for layout in layouts]
+
+    def layer_layout(self, layer_idx: int) -> str:
+        """The name of one layer's attention."""
+        return self.form_name.lower()
+
+    def query_rank(self, layer_idx: int) -> int | None:
+        """The rank of one layer's queries; None where they are projected at once."""
+        return None
+
+    @property
+    def key_scales(self) -> int:
+        """Numbers that a token caches to scale its keys by, where they are normalised."""
+        if not self.qk_norm:
+            return 0
+        return 1 if self.norm_all_heads else self.num_key_value_heads
 
     def layer_width(self, name: str, layer_idx: int) -> int:
         """The width `name` of one layer."""
@@ -112,6 +149,14 @@ class ConvertedConfigMixin(PreTrainedConfig):
             "AutoModelForCausalLM": f"{stem}ForCausalLM",
         }
         super().save_pretrained(save_directory, **kwargs)
+
+    def _check_format(self):
+        found = None if self.conversion is None else self.conversion.get("format")
+        if self.conversion is not None and found != FORMAT:
+            raise ValueError(
+                f"This model was written in format {found or 1}, and this rehead reads format "
+                f"{FORMAT}. Convert the original again."
+            )
 
     def _check_source(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads

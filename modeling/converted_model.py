@@ -47,13 +47,14 @@ class ConvertedModel(ConvertedModelMixin):
 
     # Where the family keeps its layers.
     layers_name: ClassVar[str] = "layers"
-    # What replaces the attention of every layer.
-    attention_class: ClassVar[type[ConvertedAttention]]
+    # What replaces the attention of a layer, by what the config says of it (`layer_layout`).
+    layouts: ClassVar[dict[str, type[ConvertedAttention]]]
 
     def __init__(self, config):
         super().__init__(config)
         for layer_idx, layer in enumerate(getattr(self, self.layers_name)):
-            setattr(layer, config.attention_name, self.attention_class(config, layer_idx))
+            attention = self.layouts[config.layer_layout(layer_idx)]
+            setattr(layer, config.attention_name, attention(config, layer_idx))
         if hasattr(self, "rotary_emb"):
             self.rotary_emb.register_forward_hook(hand_over_angles)
         self.post_init()

@@ -25,10 +25,13 @@ from .converted_config import ConvertedConfigMixin
 from .converted_model import ConvertedForCausalLM, ConvertedModel, keep_stored_names
 from .gqa import GQAAttention
 from .gqa_config import GQAConfigMixin
-from .mfa import MFAAttention
+from .mfa import MFAAttention, MFARowsAttention
 from .mfa_config import MFAConfigMixin
+from .mfa_kr import MFAKRAttention, MFAKRRowsAttention
 from .mla import MLAAttention
 from .mla_config import MLAConfigMixin
+from .on_read import KeyInLatentAttention
+from .whole_keys import InputAttention, WholeKeyAttention
 
 # A config, a model, and a model with a language head.
 Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
@@ -68,14 +71,15 @@ class Form:
 
     Args:
         config: the form's configuration fields.
-        attention: the module that replaces the attention of every layer.
+        layouts: the modules that replace the attention of a layer, by the names that the config's
+            `layer_layout` gives.
         holds_qk_norm: whether queries and keys can be normalised.
         stock_with_kv_heads: whether the form needs no classes where the family's own config has
             `num_key_value_heads`, because the family's own classes hold it.
     """
 
     config: type[ConvertedConfigMixin]
-    attention: type[ConvertedAttention]
+    layouts: dict[str, type[ConvertedAttention]]
     holds_qk_norm: bool = False
     stock_with_kv_heads: bool = False
 
@@ -124,9 +128,27 @@ FAMILIES = {
 FORMS = {
     form.config.form_name: form
     for form in (
-        Form(MLAConfigMixin, MLAAttention, holds_qk_norm=True),
-        Form(MFAConfigMixin, MFAAttention),
-        Form(GQAConfigMixin, GQAAttention, stock_with_kv_heads=True),
+        Form(
+            MLAConfigMixin,
+            {
+                "mla": MLAAttention,
+                "key in latent": KeyInLatentAttention,
+                "whole keys": WholeKeyAttention,
+                "inputs": InputAttention,
+            },
+            holds_qk_norm=True,
+        ),
+        Form(
+            MFAConfigMixin,
+            {
+                "mfa": MFAAttention,
+                "mfa rows": MFARowsAttention,
+                "mfa-kr": MFAKRAttention,
+                "mfa-kr rows": MFAKRRowsAttention,
+            },
+            holds_qk_norm=True,
+        ),
+        Form(GQAConfigMixin, {"gqa": GQAAttention}, stock_with_kv_heads=True),
     )
 }
 
@@ -175,7 +197,7 @@ def _make(model_type: str, form_name: str) -> dict[str, Any]:
     if family.caps_scores:
         # sdpa does not cap scores. Gemma 2's own classes of transformers 5.16 do not say so.
         shared["_supports_sdpa"] = False
-    holds_layers = {"layers_name": family.layers_name, "attention_class": form.attention}
+    holds_layers = {"layers_name": family.layers_name, "layouts": form.layouts}
     if family.decoder is None:
         body = add("Model", ConvertedModel, model, **shared, **holds_layers)
     else:
@@ -196,8 +218,8 @@ def _config_attributes(family: Family, source: type[PreTrainedConfig]) -> dict[s
         "partial_rotary": family.partial_rotary,
         "caps_scores": family.caps_scores,
     }
-    if family.qk_norm == "all":
-        attributes["norm_all_heads"] = True
+    if family.qk_norm is not None:
+        attributes |= {"norms_keys": True, "norm_all_heads": family.qk_norm == "all"}
     if family.attribute_map:
         attributes["attribute_map"] = source.attribute_map | family.attribute_map
     width = getattr(source, "head_dim", None)

@@ -15,9 +15,9 @@ class MLAConfigMixin(ConvertedConfigMixin):
         kv_lora_rank: Width r of the cached latent; the largest over layers where they differ.
         qk_rope_head_dim: Width d_r of the one rotated key all heads share, twice its number of
             components; the largest over layers where they differ.
-        qk_nope_head_dim: Width of a head's key read from the latent.
-        v_head_dim: Width of a head's value.
-        q_lora_rank: Width of the low-rank query; None for a full query projection.
+        qk_nope_head_dim, v_head_dim: Widths of a head's key and value read from the latent: those
+            of the source, `head_dim`.
+        q_lora_rank: Rank of the queries; None for a full query projection.
         kv_lora_rank_per_layer: r of each layer; None where all have `kv_lora_rank`.
         qk_rope_head_dim_per_layer: d_r of each layer, 0 allowed; None where all have
             `qk_rope_head_dim`.
@@ -25,17 +25,19 @@ class MLAConfigMixin(ConvertedConfigMixin):
             source's `head_dim / 2`, repeats allowed. None: component j turns with frequency j.
         rope_on_read: Cache the latent alone and rotate the keys when they are read, by their slot:
             the one rotated key of a layer with d_r above 0, which is then the latent's last d_r
-            dims, and the keys of all heads, whole, of a layer with d_r = 0.
+            dims, and the keys of all heads, whole, of a layer with d_r = 0. Where such a layer's r
+            is `hidden_size`, its input is cached as it is.
         qk_norm: An RMSNorm of every head's query and key before their rotation, of families that
-            have one; keys are then formed when they are read, and rotated whole. The family says
-            whether it is of each head by itself.
+            have one. The family says whether it is of each head by itself. What keys are multiplied
+            with is cached beside the latent; with `rope_on_read` keys are formed when they are
+            read, and rotated whole.
         conversion: The recipe the checkpoint was made with.
     """
 
     form_name: ClassVar[str] = "MLA"
-    # Whether the family normalises all heads' queries, and all heads' keys, together.
-    norm_all_heads: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {
+        "q_phase": "colwise",
+        "k_synthesis": "colwise",
         "q_proj": "colwise",
         "q_b_proj": "colwise",
         "kv_a_proj_with_mqa": "mla_kv_a_proj",
@@ -44,29 +46,30 @@ class MLAConfigMixin(ConvertedConfigMixin):
     }
     least_widths: ClassVar[dict[str, int]] = {"kv_lora_rank": 1, "qk_rope_head_dim": 0}
     tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = tuple(
-        dict(kv_lora_rank=12, qk_nope_head_dim=8, v_head_dim=8) | layout
+        dict(kv_lora_rank=12) | layout
         for layout in (
             dict(qk_rope_head_dim=4),
             dict(qk_rope_head_dim=4, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True),
+            dict(qk_rope_head_dim=0, rope_on_read=True, kv_lora_rank=32),
         )
     )
 
     kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    v_head_dim: int = 128
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
     q_lora_rank: int | None = None
     kv_lora_rank_per_layer: list[int] | None = None
     rope_on_read: bool = False
-    qk_norm: bool = False
     kv_a_bias: bool = False
     kv_b_bias: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.norm_all_heads or (self.rope_on_read and self.qk_rope_head_dim):
-            # The norm's mean, or the rotated key within the latent, are every head's: the attention
-            # is not split.
+        self.qk_nope_head_dim = self.v_head_dim = self.head_dim
+        if self.qk_norm or (self.rope_on_read and self.qk_rope_head_dim):
+            # What keys are scaled by, or the rotated key within the latent, are every head's: the
+            # attention is not split.
             self.base_model_tp_plan: dict[str, str] | None = {
                 name: split
                 for name, split in (type(self).base_model_tp_plan or {}).items()
@@ -76,7 +79,19 @@ class MLAConfigMixin(ConvertedConfigMixin):
     @property
     def qk_head_dim(self) -> int:
         """Width of a query head; having it tells transformers that keys and values differ."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        assert self.head_dim is not None
+        return self.head_dim + self.qk_rope_head_dim
+
+    def layer_layout(self, layer_idx: int) -> str:
+        if not self.rope_on_read:
+            return "mla"
+        rank, rotated = self.layer_dims(layer_idx)
+        if rotated:
+            return "key in latent"
+        return "inputs" if rank == self.hidden_size else "whole keys"
+
+    def query_rank(self, layer_idx: int) -> int | None:
+        return self.q_lora_rank
 
     def layer_dims(self, layer_idx: int) -> tuple[int, int]:
         """(r, d_r) of one layer."""
@@ -86,11 +101,15 @@ class MLAConfigMixin(ConvertedConfigMixin):
         )
 
     def _check_widths(self):
-        self._check_at_least_one("kv_lora_rank", "v_head_dim")
+        self._check_at_least_one("kv_lora_rank")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be None or at least 1.")
-        if self.qk_nope_head_dim < 0:
-            raise ValueError(f"qk_nope_head_dim={self.qk_nope_head_dim} must not be negative.")
+        for name in ("qk_nope_head_dim", "v_head_dim"):
+            width = getattr(self, name)
+            if width not in (None, self.head_dim):
+                raise ValueError(
+                    f"{name}={width} must be the source's head_dim={self.head_dim}, or left out."
+                )
         super()._check_widths()
         for layer_idx in range(self.num_hidden_layers):
             rank, rotated = self.layer_dims(layer_idx)
@@ -99,21 +118,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
                     f"qk_rope_head_dim={rotated} of layer {layer_idx} must not exceed its "
                     f"kv_lora_rank={rank}: with rope_on_read=True it is a part of it."
                 )
-            if rotated + self.qk_nope_head_dim == 0:
-                raise ValueError(
-                    f"Layer {layer_idx} has neither rotated nor position-free key dimensions; "
-                    "raise qk_nope_head_dim or qk_rope_head_dim."
-                )
 
     def _check_rope(self):
         super()._check_rope()
-        if self.qk_norm and (self.qk_rope_head_dim or not self.rope_on_read):
+        if self.qk_norm and self.qk_rope_head_dim and self.rope_on_read:
             raise ValueError(
-                "qk_norm=True needs whole keys formed when they are read: rope_on_read=True and "
-                f"qk_rope_head_dim={self.qk_rope_head_dim} at 0."
-            )
-        if self.rope_on_read and self.qk_nope_head_dim != self.head_dim:
-            raise ValueError(
-                f"rope_on_read=True needs qk_nope_head_dim={self.qk_nope_head_dim} to be the "
-                f"source's head_dim={self.head_dim}."
+                "qk_norm=True with rope_on_read=True forms keys whole when they are read: "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be 0."
             )

@@ -83,6 +83,55 @@ class SlotAngles:
         return self._tables[key]
 
 
+class Rotation:
+    """How one layer's queries are turned, and its keys where they are cached unturned.
+
+    Args:
+        query: cos and sin [..., T, f] of all frequencies, for queries.
+        keys: the same [..., S, f] for keys; None where there are none to turn.
+        slots: the queries' slots in the cache, [T]; None without a cache.
+        angles: of the forward pass.
+    """
+
+    def __init__(self, query, keys, slots=None, angles: SlotAngles | None = None):
+        self._query, self._keys, self.slots, self.angles = query, keys, slots, angles
+
+    @classmethod
+    def at_positions(cls, position_embeddings) -> "Rotation":
+        """By the positions that the model was given, queries and keys alike."""
+        cos, sin, angles = position_embeddings
+        if cos is None:
+            return cls(None, None)
+        both = tuple(x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
+        return cls(both, both, None, angles)
+
+    @classmethod
+    def at_slots(cls, position_embeddings, slots: torch.Tensor) -> "Rotation":
+        """By the slots of the cache."""
+        angles = position_embeddings[2]
+        if angles is None:
+            return cls(None, None)
+        # The factor of RoPE types such as YaRN stands on both sides of a score.
+        query = tuple(x * angles.score_scaling for x in angles.at(slots))
+        return cls(query, None, slots, angles)
+
+    def query(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Queries [B, H, T, 2 m] turned; of m frequencies, those of `index` or all."""
+        return rotate(x, *_selected(self._query, index))
+
+    def keys(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Keys [B, g, S, 2 m] turned, likewise."""
+        keys = self._keys
+        if keys is None:
+            assert self.angles is not None
+            keys = self.angles.table(x.shape[2], x.device)
+        return rotate(x, *_selected(keys, index))
+
+
+def _selected(angles, index):
+    return angles if index is None else tuple(x.index_select(-1, index) for x in angles)
+
+
 def hand_over_angles(rotary: Any, args: tuple, output: tuple) -> tuple:
     """A forward hook on a family's rotary embedding: cos and sin, and its frequencies beside them.
 
@@ -180,12 +229,6 @@ def key_pairs(bias: torch.Tensor) -> Pairs:
     Each pair's two parts are side by side (`side_by_side`), as complex numbers lie in memory.
     """
     return lambda latent: latent[..., -len(bias) :] + bias
-
-
-def tail_pairs(index: torch.Tensor) -> Pairs:
-    """Of latents [..., C], a copy of the last 2 n dimensions, as `key_pairs` has them."""
-    tail = 2 * len(index)
-    return lambda x: torch.stack(x[..., -tail:].chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
 def with_turned(

@@ -8,19 +8,43 @@ import torch
 from layers import error
 
 from rehead.converters.balance import evening, paired, size
+from rehead.converters.latent import with_low_rank_queries
 from rehead.converters.maps import reference_attention
-from rehead.converters.mfa import MFADims, mfa_moments, to_mfa, with_shared_queries
-from rehead.converters.mla import mla_moments, to_mla, with_low_rank_queries
+from rehead.converters.mfa import MFADims, mfa_builder
+from rehead.converters.mfa_kr import mfa_kr_builder
+from rehead.converters.mla import to_mla
+from rehead.converters.moments import latent_moments
 from rehead.converters.plan import LayerDims
 
 MLA = {
     "decoupled": LayerDims(14, 6),
     "no rotated key": LayerDims(14, 0),
     "whole keys": LayerDims(14, 0, on_read=True),
+    "inputs": LayerDims(32, 0, on_read=True),
     "read key": LayerDims(14, 6, on_read=True),
-    "settled": LayerDims(14, 6, on_read=True),
+    "stored": LayerDims(14, 6, on_read=True),
 }
-MFA = {"mfa": MFADims(12, 6), "mfa-kr": MFADims(12, 6, True), "unrotated": MFADims(12, 0)}
+MFA = {
+    "mfa": MFADims(12, 6),
+    "mfa-kr": MFADims(12, 6, True),
+    "unrotated": MFADims(12, 0),
+    "mfa rows": MFADims(6, 4),
+    "mfa-kr rows": MFADims(6, 4, True),
+}
+# What a layout has in a basis of its own: the rest is the source's.
+OWN = {
+    "decoupled": {"kv_a", "kv_a_bias", "kv_b", "synthesis"},
+    "no rotated key": {"kv_a", "kv_b"},
+    "whole keys": {"kv_a", "kv_b"},
+    "inputs": set(),
+    "read key": set(),  # it gets one when it is stored
+    "stored": {"kv_a", "kv_a_bias", "kv_b", "synthesis", "k_rope_bias"},
+    "mfa": {"k", "k_b", "k_bias", "v", "v_b", "synthesis"},
+    "mfa-kr": {"k", "k_b", "k_bias", "v_b", "synthesis"},
+    "unrotated": {"k", "k_b", "v", "v_b"},
+    "mfa rows": {"q", "q_bias", "k", "k_bias", "v", "o"},
+    "mfa-kr rows": {"q", "q_bias", "k", "k_bias", "o"},
+}
 
 
 def seeded():
@@ -29,13 +53,14 @@ def seeded():
 
 def form_of(kind, bias, low):
     maps, x = layers.maps(bias=bias), layers.inputs()
+    dims = MFA.get(kind) or MLA[kind]
+    moments = latent_moments(maps, x, seeded(), getattr(dims, "on_read", False))
     if kind in MFA:
-        form = to_mfa(maps, mfa_moments(maps, x, seeded()), MFA[kind])
-        return with_shared_queries(form, x, seeded(), share_q_dim=20) if low else form
-    dims = MLA[kind]
-    form = to_mla(maps, mla_moments(maps, x, seeded(), dims.on_read), dims)
-    form = with_low_rank_queries(form, x, seeded(), 20) if low else form
-    return form.settled(x) if kind == "settled" else form
+        form = (mfa_kr_builder if dims.key_reuse else mfa_builder)(maps, moments)(dims)
+    else:
+        form = to_mla(maps, moments, dims)
+    form = with_low_rank_queries(form, x, seeded(), lambda _: 20, "") if low else form
+    return form.stored(x) if kind == "stored" else form
 
 
 def outputs(form):
@@ -43,69 +68,123 @@ def outputs(form):
     return torch.stack([reference_attention(maps, row) for row in layers.inputs(seed=3).double()])
 
 
+def uneven(form):
+    """The same layer, with channels 25 times as large as others that had their size."""
+
+    def sizes(count):
+        return torch.logspace(-0.7, 0.7, max(1, count), dtype=torch.float64)[:count]
+
+    pairs = sizes(len(form.rope_pairs)).repeat(2)
+    bias = lambda name, scale: (  # noqa: E731
+        {} if getattr(form, name, None) is None else {name: getattr(form, name) * scale}
+    )
+    changed = {"synthesis": form.synthesis / pairs} if hasattr(form, "synthesis") else {}
+    if hasattr(form, "kv_b") and hasattr(form, "kv_a"):
+        rank = form.kv_b.shape[2]
+        if hasattr(form, "k_rope_bias"):  # the latent's last dims are the rotated key
+            tail = pairs.unflatten(0, (2, -1)).mT.flatten()
+            scale = torch.cat([sizes(rank - len(pairs)), tail])
+            changed |= bias("k_rope_bias", tail)
+            cached = scale
+        else:
+            scale = sizes(rank)
+            cached = torch.cat([scale, pairs])
+        changed |= dict(kv_a=form.kv_a * cached[:, None], kv_b=form.kv_b / scale)
+        changed |= bias("kv_a_bias", cached)
+    if hasattr(form, "k"):
+        scale = torch.cat([sizes(form.free), pairs])
+        changed |= dict(k=form.k * scale[:, None]) | bias("k_bias", scale)
+        value = sizes(form.head_dim) if hasattr(form, "v") else scale
+        if hasattr(form, "v"):
+            changed["v"] = form.v * value[:, None]
+        if hasattr(form, "k_b"):
+            changed |= dict(k_b=form.k_b / scale[: form.free], v_b=form.v_b / value)
+        else:
+            changed |= dict(q=form.q / scale[:, None], o=form.o / value)
+            changed |= bias("q_bias", 1 / scale)
+    if form.q_down is not None:
+        low = sizes(len(form.q_down))
+        q = changed.get("q", form.q)
+        changed |= dict(q=q / low, q_down=form.q_down * low[:, None])
+    return replace(form, **changed)
+
+
 @pytest.mark.parametrize("low", [False, True], ids=["", "low-rank queries"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("kind", [*MLA, *MFA])
 def test_the_function_stays(kind, bias, low):
     form = form_of(kind, bias, low)
+    if kind == "stored":  # balanced already
+        form = uneven(form)
     found = form.balanced()
     assert error(outputs(found), outputs(form)) < 1e-10
     assert found.tensors().keys() == form.tensors().keys()
+    own = OWN[kind] | ({"q", "q_down"} if low and kind != "read key" else set())
     for name, tensor in form.tensors().items():
         assert found.tensors()[name].shape == tensor.shape
-        same = name in ("o_bias", "reuse_gate") or (kind == "mfa-kr" and name == "o")
-        if not same and tensor.any():
-            assert not torch.equal(found.tensors()[name], tensor), name
+        if tensor.any():
+            assert torch.equal(found.tensors()[name], tensor) == (name not in own), name
     # Each map's new basis counts: one of them in the old one would be seen.
-    q = replace(found, q=form.q)
-    assert error(outputs(q), outputs(form)) > 1e-3
+    for name in own & {"q", "kv_a", "k", "synthesis"}:
+        old = replace(found, **{name: getattr(form, name)})
+        assert error(outputs(old), outputs(form)) > 1e-3, name
 
 
 def test_normalised_keys_and_pairs_at_rest_stay_too():
-    """Keys that are normalised have no size of their own; pairs of frequency 0 do."""
+    """Keys that are normalised have no size of their own; what they are read from has."""
     form = form_of("whole keys", bias=True, low=True)
     still = replace(form, inv_freq=torch.cat([form.inv_freq[:2], 0 * form.inv_freq[2:]]))
     assert error(outputs(still.balanced()), outputs(still)) < 1e-10
-    width = form.qk_nope_head_dim
-    norms = 0.5 + torch.rand(2, width, generator=seeded()).double()
+    norms = 0.5 + torch.rand(2, 8, generator=seeded()).double()
     normed = replace(form, q_norm=norms[0], k_norm=norms[1], norm_eps=1e-6)
     assert error(outputs(normed.balanced()), outputs(normed)) < 1e-10
-    # Evened as if there were no norm, they would be others.
-    wrong = replace(form.balanced(), q_norm=norms[0], k_norm=norms[1], norm_eps=1e-6)
+    # One of a head's dims made larger than the others would be another one after the norm.
+    grown = torch.ones(16, 1).double()
+    grown[0] = 2
+    wrong = replace(normed.balanced(), kv_b=normed.balanced().kv_b * grown)
     assert error(outputs(wrong), outputs(normed)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["decoupled", "read key", "settled", "mfa", "mfa-kr"])
-def test_what_is_made_large_is_read_as_large(kind):
-    """Rotated components a thousand times as large as what reads them come to one size."""
-    form = form_of(kind, bias=False, low=False)
-    turned = 2 * len(form.rope_pairs)
-    made = {"decoupled": "kv_a", "settled": "kv_a", "read key": "k_rope"}.get(kind, "k")
+# Rows are evened by the sizes that low-rank queries have before they are evened themselves.
+UNEVEN = [
+    (kind, low)
+    for kind in OWN
+    for low in (False, True)
+    if OWN[kind] and not (low and kind.endswith("rows"))
+]
 
-    def ratio(form):
-        rows, queries = getattr(form, made)[-turned:], form.q[:, -turned:]
-        if kind == "settled":
-            rows = torch.cat([rows[0::2], rows[1::2]])
-        return paired(size(rows, -1)) / paired(size(queries, (0, 2)))
 
-    grow = torch.ones(len(getattr(form, made)), dtype=torch.float64)
-    grow[-turned:] = 1000
-    shrink = torch.ones(form.q.shape[1], dtype=torch.float64)
-    shrink[-turned:] = 1e-3
-    changed = {made: getattr(form, made) * grow[:, None], "q": form.q * shrink[:, None]}
-    if kind == "mfa-kr":
-        eye = torch.eye(form.head_dim).double()
-        changed["reuse"] = (eye + form.reuse) / grow - eye
-    if kind in ("read key", "settled"):
-        changed["k_rope_bias"] = 1000 * form.k_rope_bias
-    if kind == "settled":
-        changed |= {"kv_a_bias": form.kv_a_bias * grow, "kv_b": form.kv_b / grow}
-    far = replace(form, **changed)
+@pytest.mark.parametrize(("kind", "low"), UNEVEN)
+def test_what_is_made_large_is_read_as_large(kind, low):
+    """Channels that were made larger or smaller come to the sizes that they had."""
+    form = form_of(kind, bias=True, low=low)
+    far = uneven(form)
     assert error(outputs(far), outputs(form)) < 1e-9
-    assert ratio(far).min() > 1e4
-    # The latent's own scale follows, for a key that is read from it; values read a settled one too.
-    low, high = (0.2, 5) if kind in ("read key", "settled") else (0.999, 1.001)
-    assert ratio(far.balanced()).min() > low and ratio(far.balanced()).max() < high
+    found, wanted = far.balanced(), form.balanced()
+    own = OWN[kind] | ({"q", "q_down"} if low else set())
+    if kind != "stored":  # there the key's dims are read as values too, and count in its latent
+        for name in own:
+            assert error(getattr(found, name), getattr(wanted, name)) < 1e-9, name
+            assert error(getattr(far, name), getattr(wanted, name)) > 0.1, name
+    if hasattr(form, "kv_a"):
+        rank = form.kv_b.shape[2] - (2 * len(form.rope_pairs) if kind == "stored" else 0)
+        made, read = size(found.kv_a[:rank], -1), size(found.kv_b[..., :rank], (0, 1))
+    elif hasattr(form, "k_b"):
+        made, read = size(found.k[: form.free], -1), size(found.k_b, (0, 1))
+    else:
+        made, read = (
+            paired(size(found.k, -1)[form.free :]),
+            paired(size(found.q, (0, 2))[form.free :]),
+        )
+    assert torch.allclose(made, read, rtol=1e-6)
+    if hasattr(form, "v_b") and hasattr(form, "v"):
+        assert torch.allclose(size(found.v, -1), size(found.v_b, (0, 1)), rtol=1e-6)
+    if "synthesis" in own:
+        # A rotated component is as large as the keys that it is part of.
+        square = found.synthesis.square().unflatten(-1, (2, -1)).sum(1).mean(0)
+        assert torch.allclose(square, torch.ones_like(square))
+        before = far.synthesis.square().unflatten(-1, (2, -1)).sum(1).mean(0)
+        assert before.max() > 100 * before.min()
 
 
 def test_channels_without_use_stay():

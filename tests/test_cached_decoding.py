@@ -22,9 +22,6 @@ from rehead.modeling import (
     GQA_CLASSES,
     MFA_CLASSES,
     MLA_CLASSES,
-    GQAAttention,
-    MFAAttention,
-    MLAAttention,
     cached_decoding,
 )
 from rehead.modeling.cached_decoding import (
@@ -34,8 +31,8 @@ from rehead.modeling.cached_decoding import (
     check_decoding,
     newer_than_tested,
 )
+from rehead.modeling.latent_attention import LatentAttention
 
-ATTENTION = [GQAAttention, MFAAttention, MLAAttention]
 CLASSES = [
     classes[2] for form in (MLA_CLASSES, MFA_CLASSES, GQA_CLASSES) for classes in form.values()
 ]
@@ -52,7 +49,17 @@ def newer(monkeypatch):
     check_decoding.cache_clear()
 
 
-def lose_the_cache(monkeypatch, form=MLAAttention):
+def with_layout(layout):
+    """The first class, and its tiny config, whose layers have this attention."""
+    return next(
+        (model_class, config)
+        for model_class in CLASSES
+        for config in model_class.config_class.tiny()
+        if config.layer_layout(0) == layout
+    )
+
+
+def lose_the_cache(monkeypatch, form=LatentAttention):
     """The attention as one that takes the cache by a name that no layer uses."""
     forward = form.forward
 
@@ -68,11 +75,11 @@ def test_every_class_decodes_what_it_computes_whole(model_class):
     check_decoding.__wrapped__(model_class)
 
 
-@pytest.mark.parametrize("form", ATTENTION, ids=lambda c: c.__name__)
-def test_a_cache_that_is_lost_is_found_out(form, monkeypatch):
+@pytest.mark.parametrize("layout", tiny.ATTENTION)
+def test_a_cache_that_is_lost_is_found_out(layout, monkeypatch):
     """The twin of the test above: what transformers 5.24 did to classes written for 5.23."""
-    lose_the_cache(monkeypatch, form)
-    model_class = next(c for c in CLASSES if form.__name__[:3] in c.__name__)
+    lose_the_cache(monkeypatch, tiny.ATTENTION[layout])
+    model_class, _ = with_layout(layout)
     with pytest.raises(WrongDecoding, match="decodes wrongly") as told:
         check_decoding.__wrapped__(model_class)
     off = float(re.search(r"its output is (\S+) of its size", str(told.value))[1])
@@ -80,12 +87,11 @@ def test_a_cache_that_is_lost_is_found_out(form, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [DynamicCache(), [DynamicCache()], {"a": (DynamicCache(),)}])
-@pytest.mark.parametrize("form", ATTENTION, ids=lambda c: c.__name__)
-def test_a_cache_under_an_unknown_name_is_refused(form, value):
-    model_class = next(c for c in CLASSES if form.__name__[:3] in c.__name__)
-    (config, *_) = model_class.config_class.tiny()
-    model = model_class(config).eval()
-    (attention,) = (m for m in model.modules() if isinstance(m, form) and m.layer_idx == 0)
+@pytest.mark.parametrize("layout", tiny.ATTENTION)
+def test_a_cache_under_an_unknown_name_is_refused(layout, value):
+    model_class, config = with_layout(layout)
+    model, form = model_class(config).eval(), tiny.ATTENTION[layout]
+    (attention,) = (m for m in model.modules() if type(m) is form and m.layer_idx == 0)
     x = torch.zeros(1, 2, config.hidden_size)
     rope = (None, None, None)
     if hasattr(model.base_model, "rotary_emb"):

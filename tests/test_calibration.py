@@ -96,7 +96,7 @@ def test_gradients_of_position_free_keys_are_autograds(bias):
     other = layers.maps(bias=bias, width=6, seed=9).to(torch.float32)
     free = (other.q, other.q_bias)
     _, keys, values = probed(maps, x, seeded(), free)
-    found_keys, found_values = probe_gradients(maps, x, seeded(), free)
+    found_keys, found_values = probe_gradients(maps, x, seeded(), other.queries)
     assert error(found_keys, keys) < 1e-5
     assert error(found_values, values) < 1e-5
     assert error(found_keys[..., :6], probe_gradients(maps, x, seeded())[0][..., :6]) > 1e-2
@@ -282,25 +282,32 @@ def test_kronecker_of_no_gradients_is_finite():
 
 
 @pytest.mark.parametrize("hidden", [20, 32, 48])
-@pytest.mark.parametrize("turned", [False, True])
-def test_queries_are_factorised_under_all_heads_gradients(hidden, turned):
-    """Whether they are more than their inputs, where only their sum is kept, or fewer."""
-    maps, x = layers.maps(hidden=hidden), layers.inputs(3, hidden=hidden)
-    order = torch.randperm(8, generator=seeded()) if turned else None
-    q = maps.q if order is None else maps.q[:, order]
-    found, mean = query_factors(maps.to(torch.float32), q, x, seeded(), order)
-    gradients = query_gradients(maps.to(torch.float32), x, seeded())
-    gradients = gradients if order is None else gradients[..., order]
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_queries_are_factorised_under_all_heads_gradients(hidden, laid_out):
+    """Whether they are more than their inputs, where only their sum is kept, or fewer.
+
+    Of a layout of their own too: every head's maps, here wider, are another product of them.
+    """
+    maps, x = layers.maps(width=10, hidden=hidden), layers.inputs(3, hidden=hidden)
+    q, layout = maps.q, torch.eye(10).expand(4, -1, -1)
+    if laid_out:
+        layout = torch.randn(4, 10, 8, generator=seeded())
+        q = maps.q[:, :8].contiguous()
+        maps = replace(maps, q=layout.double() @ q)
+    narrow, rows = maps.to(torch.float32), min(16, hidden)
+    found, mean = query_factors(narrow, q, x, seeded(), layout)
+    gradients = torch.einsum("nthk,hkq->nthq", query_gradients(narrow, x, seeded()), layout)
     moments = kronecker(x, gradients.flatten(2))
     wanted = weighted_svd(q.flatten(0, 1), moments.gradients.double(), moments.inputs.double())
     assert error(mean, moments.mean) < 1e-6
-    assert torch.allclose(found.energy[:16], wanted.energy[:16], rtol=1e-4)
+    assert torch.allclose(found.energy[:rows], wanted.energy[:rows], rtol=1e-4)
     for rank in (4, 16):
         products = [f.up[:, :rank] @ f.down[:rank] for f in (found, wanted)]
         assert error(*products) < 1e-3
-    # Twin: dims in another order meet other gradients.
-    twin = query_factors(maps.to(torch.float32), q, x, seeded(), torch.arange(8).flip(0))[0]
-    assert not torch.allclose(twin.energy[:16], wanted.energy[:16], rtol=1e-2)
+    # Twins: dims in another order, and other heads', meet other gradients.
+    for twisted in (layout.flip(2), layout.flip(0) if laid_out else layout.roll(1, 2)):
+        twin = query_factors(narrow, q, x, seeded(), twisted)[0]
+        assert not torch.allclose(twin.energy[:rows], wanted.energy[:rows], rtol=1e-2)
 
 
 @pytest.mark.parametrize("which", ["q", "k"])

@@ -45,7 +45,7 @@ def test_a_row_has_classes_of_its_names_before_transformers_own(family, form):
     assert model.config_class is causal_lm.config_class is config
     assert causal_lm.model_class is model
     holder = model if row.decoder is None else model.model_class
-    assert holder.attention_class is FORMS[form].attention
+    assert holder.layouts is FORMS[form].layouts
     for made, kind in ((config, "Config"), (model, "Model"), (causal_lm, "ForCausalLM")):
         assert made.__name__ == made.__qualname__ == f"{row.prefix}{form}{kind}"
         assert made.__module__ == "rehead.modeling.families"
@@ -71,7 +71,7 @@ def test_a_row_says_what_transformers_and_the_converters_say(family):
     "name",
     [
         "LlamaGQAConfig",  # transformers' own class has KV heads
-        "Qwen3MFAModel",  # MFA cannot normalise keys
+        "Qwen3GQAConfig",  # MFA cannot normalise keys
         "LlamaMLADecoder",  # the model itself holds the layers
         "LlamaMLA",
         "CohereMLAConfig",
@@ -98,6 +98,9 @@ def test_a_new_family_is_one_row(form, monkeypatch):
 class HalfConfigMixin(MLAConfigMixin):
     form_name = "HALF"
 
+    def layer_layout(self, layer_idx):
+        return "half"
+
 
 class HalfAttention(MLAAttention):
     """MLA whose output is halved."""
@@ -109,7 +112,7 @@ class HalfAttention(MLAAttention):
 
 @torch.no_grad()
 def test_a_new_form_is_one_row(monkeypatch, ids):
-    monkeypatch.setitem(FORMS, "HALF", Form(HalfConfigMixin, HalfAttention))
+    monkeypatch.setitem(FORMS, "HALF", Form(HalfConfigMixin, {"half": HalfAttention}))
     config, _, causal_lm = converted("llama", "HALF")
     assert families.LlamaHALFForCausalLM is causal_lm
     with pytest.raises(AttributeError):

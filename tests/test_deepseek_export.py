@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rehead.converters import InputError
 from rehead.evaluation import kv_bytes_per_token
 from rehead.export import deepseek3
+from rehead.modeling.converted_config import FORMAT
 
 
 @pytest.fixture
@@ -109,7 +110,8 @@ def test_half_precision_loses_what_its_rounding_loses(dtype, run, steadied, tmp_
 
 def test_the_folder_is_whole(run, tmp_path):
     """Tokenizer, recipe and card come along, code does not; a tied head is written out."""
-    save(tmp_path / "in", tie_word_embeddings=True, conversion=dict(form="mla"))
+    recipe = dict(form="mla", format=FORMAT)
+    save(tmp_path / "in", tie_word_embeddings=True, conversion=recipe)
     (tmp_path / "in" / "README.md").write_text("# in\n\nRecipe: engine.\n")
     run()
     assert not list((tmp_path / "out").glob("*.py"))
@@ -119,7 +121,7 @@ def test_the_folder_is_whole(run, tmp_path):
     assert "DeepseekV3ForCausalLM" in text
     assert text.endswith("\nRecipe: engine.\n")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["conversion"] == dict(form="mla")
+    assert config["conversion"] == recipe
     tokens = [AutoTokenizer.from_pretrained(tmp_path / at)("a tree") for at in ("in", "out")]
     assert tokens[0]["input_ids"] == tokens[1]["input_ids"]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out", "text.txt"]

@@ -23,9 +23,10 @@ from rehead.converters import InputError
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES
 from rehead.evaluation import kv_bytes_per_token
-from rehead.export import export, native
+from rehead.export import export, latent, native
 from rehead.export.latent import LatentModel
 from rehead.export.past_norm import CONSTANT, past_norm
+from rehead.modeling.converted_config import FORMAT
 
 IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
 NATIVE = dict(rope_pairs=[[3, 0, 0]] * 2)
@@ -57,7 +58,7 @@ EXACT = [
     ("llama", "yarn", dict(tie_word_embeddings=True) | tiny.BIASES),
     ("llama", "default", dict(q_lora_rank=9, hidden_act="gelu")),
     ("llama", "default", dict(q_lora_rank=9, kv_b_bias=True, o_bias=True) | tiny.BIASES),
-    ("llama", "default", dict(num_key_value_heads=4, qk_nope_head_dim=8)),
+    ("llama", "default", dict(num_key_value_heads=4)),
     ("mistral", "default", dict(tie_word_embeddings=True, o_bias=True)),
     ("mistral", "yarn", {}),
     ("qwen2", "longrope", dict(tie_word_embeddings=True) | tiny.BIASES),
@@ -90,12 +91,12 @@ def not_interleaved(layer):
 
 
 def unscaled(layer):
-    return replace(layer, q=layer.q * (8 / 16) ** 0.5)
+    return replace(layer, q=layer.q * (8 / 14) ** 0.5)
 
 
 def without_rotary_factor(layer):
-    q = layer.q.unflatten(0, (4, 16)).clone()
-    q[:, 10:] /= (0.1 * torch.tensor(4.0).log() + 1) ** 2
+    q = layer.q.unflatten(0, (4, 14)).clone()
+    q[:, 8:] /= (0.1 * torch.tensor(4.0).log() + 1) ** 2
     return replace(layer, q=q.flatten(0, 1))
 
 
@@ -112,6 +113,31 @@ def test_a_wrong_layer_is_seen(wrong, tmp_path, monkeypatch):
     model = save(tmp_path / "in", **fields)
     right = LatentModel.layer
     monkeypatch.setattr(LatentModel, "layer", lambda self, index: wrong(right(self, index)))
+    export(tmp_path / "in", to="transformers", output=tmp_path / "out")
+    assert error(logits(loaded(tmp_path / "out")), logits(model)) > 1e-3
+
+
+def conjugate(factors):
+    return torch.cat([factors.chunk(2, -1)[0], -factors.chunk(2, -1)[1]], -1)
+
+
+def no_factors(factors):
+    return torch.cat(
+        [torch.ones_like(part) * (1 - n) for n, part in enumerate(factors.chunk(2, -1))], -1
+    )
+
+
+@pytest.mark.parametrize("wrong", [conjugate, no_factors])
+@pytest.mark.parametrize("width", [8, 6], ids=["phase", "synthesis"])
+def test_wrong_factors_are_seen(wrong, width, tmp_path, monkeypatch):
+    """A stock class has rows for what is stored as factors of the source's queries."""
+    model = save(tmp_path / "in", **tiny.BIASES)
+    right = latent.multiplied
+
+    def spoilt(x, factors):
+        return right(x, wrong(factors) if factors.shape[-1] == width else factors)
+
+    monkeypatch.setattr(latent, "multiplied", spoilt)
     export(tmp_path / "in", to="transformers", output=tmp_path / "out")
     assert error(logits(loaded(tmp_path / "out")), logits(model)) > 1e-3
 
@@ -231,7 +257,8 @@ def test_a_gqa_class_of_our_own_is_no_stock_class(family, tmp_path):
 def test_the_folder_is_whole(tmp_path):
     """Tokenizer, generation config, licence, recipe and card come along; code does not."""
     source = tmp_path / "in"
-    save(source, conversion=dict(form="mla", native=True))
+    conversion = dict(form="mla", native=True, format=FORMAT)
+    save(source, conversion=conversion)
     GenerationConfig(bos_token_id=256, max_length=33).save_pretrained(source)
     (source / "LICENSE").write_text("yours\n")
     front, recipe = "---\nbase_model: some/one\n---\n", "\nRecipe: native.\n\n| a table |\n"
@@ -244,7 +271,7 @@ def test_the_folder_is_whole(tmp_path):
     assert config["model_type"] == "youtu"
     assert config["architectures"] == ["YoutuForCausalLM"]
     assert "auto_map" not in config
-    assert config["conversion"] == dict(form="mla", native=True)
+    assert config["conversion"] == conversion
     text = (tmp_path / "out" / "README.md").read_text()
     assert text.startswith(front)
     assert text.endswith(recipe)
@@ -298,7 +325,7 @@ def test_only_one_layer_is_in_memory(tmp_path, monkeypatch):
     for _ in native.stock_tensors(model, torch.float32):
         most = max(most, len(read))
         read.clear()
-    assert most == 5  # q, kv_a, kv_b, o and the norm
+    assert most == 7  # q and its two kinds of factors, kv_a, kv_b, o and the norm
 
 
 def add_bias(folder: Path) -> None:

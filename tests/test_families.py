@@ -26,8 +26,7 @@ from rehead.converters.inspection import offers
 from rehead.converters.maps import AttentionMaps, reference_attention
 from rehead.converters.stream import LayerStream
 from rehead.evaluation import kv_bytes_per_token
-from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES, MLAAttention, rope_slots
-from rehead.modeling import mla as mla_module
+from rehead.modeling import GQA_CLASSES, MFA_CLASSES, MLA_CLASSES, rope_slots, whole_keys
 from rehead.modeling.converted_attention import ConvertedAttention
 
 IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -40,10 +39,10 @@ FORMS = {
     "mfa-kr": dict(to="mfa-kr"),
     "gqa": dict(to="gqa"),
 }
-# Keys that are normalised must be formed; and without RoPE nothing is rotated.
+# No mix of normalised keys is normalised as they are; and without RoPE nothing is rotated.
 NORMED = [family for family in FAMILIES if FAMILIES[family].qk_norm]
 IMPOSSIBLE = [("gpt2", "mla on read"), ("opt", "mla on read")]
-IMPOSSIBLE += [(family, form) for family in NORMED for form in FORMS if form != "mla on read"]
+IMPOSSIBLE += [(family, "gqa") for family in NORMED]
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +209,6 @@ def test_a_norm_after_attention_counts_in_the_weights_of_tokens(case, saved, mon
     assert error(streamed(folder).advance(0).weights, wanted) > 1e-1
 
 
-def everything(case, form, model) -> dict:
-    """The options with which a form keeps the whole of a model's attention."""
-    asked = FORMS[form] | dict(kv_budget="100%")
-    if form == "mfa-kr":
-        config = model.config
-        width = families.kv_heads(config) * families.head_dim(config)
-        rotated = families.kv_heads(config) * FAMILIES[config.model_type].rotary_dim(config)
-        asked["head_dim"] = rotated + min(2 * width - rotated, config.hidden_size)
-    return asked
-
-
 def run(source, output, text, **options):
     return convert(
         str(source), output=output, **{"calibration": str(text), "samples": 3, "heal": 0} | options
@@ -252,7 +240,7 @@ EXACT = [
 @torch.no_grad()
 def test_the_whole_budget_is_exact(case, form, saved, text, tmp_path):
     folder, model = saved(case)
-    done = run(folder, tmp_path / "out", text, **everything(case, form, model))
+    done = run(folder, tmp_path / "out", text, kv_budget="100%", **FORMS[form])
     same = dict(attn_implementation=model.config._attn_implementation)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **same).eval()
     assert max(layer.error for layer in done.layers) < 1e-8
@@ -337,7 +325,7 @@ def test_a_sliding_cache_holds_all_that_is_read(form, static, monkeypatch):
         return error(cached[MASK.bool()], full[MASK.bool()])
 
     assert distance() < 1e-5
-    if form in ("on_read", "rope_read", "mfa_kr"):
+    if form in ("on_read", "rope_read", "mfa_kr", "mfa_kr_rows"):
         monkeypatch.setattr(ConvertedAttention, "_slots_in", lambda self, cached, slots: slots)
     else:
         model.config.sliding_window = 12
@@ -412,12 +400,15 @@ def test_checkpoints_as_they_were_published_are_read(family, saved, text, tmp_pa
     assert {name.split(".")[0] for name in names} <= {model.base_model_prefix, "embed_out"}
 
 
+@pytest.mark.parametrize("inputs_cached", [False, True])
 @pytest.mark.parametrize("family", NORMED)
 @torch.no_grad()
-def test_keys_are_normalised_wherever_they_are_formed(family, monkeypatch):
-    """Absorbed over several chunks, and expanded."""
+def test_keys_are_normalised_wherever_they_are_formed(family, inputs_cached, monkeypatch):
+    """Absorbed over several chunks, and expanded; from a latent, and from the layer's input."""
     config, _, causal_lm = MLA_CLASSES[family]
     fields = sources.FAMILIES[family][2] | tiny.ON_READ | dict(qk_norm=True)
+    if inputs_cached:
+        fields |= dict(kv_lora_rank=fields["hidden_size"])
     torch.manual_seed(0)
     model = tiny.fill_biases(causal_lm(config(**fields | dict(kv_b_bias=True)))).eval()
     for name, parameter in model.named_parameters():
@@ -425,21 +416,23 @@ def test_keys_are_normalised_wherever_they_are_formed(family, monkeypatch):
             torch.nn.init.uniform_(parameter, 0.2, 2)
     monkeypatch.setattr(rope_slots, "CPU_CHUNK", 7)
     for always in (True, False):
-        tiny.absorb(monkeypatch, MLAAttention, always)
+        tiny.absorb(monkeypatch, whole_keys.WholeKeyAttention, always)
         cached, full = cached_and_full(model)
         assert error(cached, full) < 1e-5
     right = rope_slots.slot_scores
-    tiny.absorb(monkeypatch, MLAAttention, True)
-    monkeypatch.setattr(mla_module, "slot_scores", lambda *args: right(*args[:-1], None))
+    tiny.absorb(monkeypatch, whole_keys.WholeKeyAttention, True)
+    monkeypatch.setattr(whole_keys, "slot_scores", lambda *args: right(*args[:-1], None))
     cached, full = cached_and_full(model)
     assert error(cached, full) > 1e-2
+    kind = whole_keys.InputAttention if inputs_cached else whole_keys.WholeKeyAttention
+    assert [type(m) for m in model.modules() if isinstance(m, ConvertedAttention)] == [kind] * 2
     with pytest.raises(ValueError, match="rope_on_read=True"):
-        config(**sources.FAMILIES[family][2] | tiny.DECOUPLED | dict(qk_norm=True))
+        config(**sources.FAMILIES[family][2] | tiny.ROPE_READ | dict(qk_norm=True))
 
 
 def test_every_family_has_classes_and_a_row_here():
     assert list(FAMILIES) == list(sources.FAMILIES) == list(MLA_CLASSES)
-    assert [family for family in FAMILIES if family not in NORMED] == list(MFA_CLASSES)
+    assert list(FAMILIES) == list(MFA_CLASSES)
     assert list(GQA_CLASSES) == ["gpt_neox", "gpt2", "opt"]  # whose own class has no KV heads
     assert not set(FAMILIES) & set(REFUSED)
 
@@ -448,14 +441,14 @@ def test_every_family_has_classes_and_a_row_here():
 def test_what_is_offered_is_what_a_family_can_have(family):
     config_class, _, given = sources.FAMILIES[family]
     offered = {offer.form for offer in offers(config_class(**given)) if not offer.refused}
-    assert offered == ({"mla"} if family in NORMED else {"mla", "mfa", "mfa-kr", "gqa", "mqa"})
+    assert offered == {"mla", "mfa", "mfa-kr"} | (set() if family in NORMED else {"gqa", "mqa"})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "stablelm"])
 def test_what_inspect_recommends_can_be_had(family, saved):
     found = inspect._inspect(str(saved(family)[0]))
-    on_read = "--rope on-read" in found["recommended"]
-    assert on_read == (family in NORMED)
+    assert "--to mla " in found["recommended"]
+    assert "--rope on-read" not in found["recommended"]
 
 
 UNSUPPORTED = [
@@ -490,7 +483,7 @@ def test_what_cannot_be_carried_is_refused_by_name(family, fields, message):
 def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path):
     family, form = case
     with pytest.raises(
-        InputError, match=r"Leave out --rope on-read|use --to mla --rope on-read"
+        InputError, match=r"Leave out --rope on-read|Use --to mla, mfa or mfa-kr"
     ) as told:
         run(saved(family)[0], tmp_path / "out", text, **FORMS[form])
     assert "\n" not in str(told.value)

@@ -103,7 +103,7 @@ def test_the_file_says_what_llama_cpp_reads(dtype, run, tmp_path):
         "attention.kv_lora_rank": 17,
         "attention.key_length": 23,
         "attention.value_length": 17,
-        "attention.key_length_mla": 16,
+        "attention.key_length_mla": 14,
         "attention.value_length_mla": 8,
         "rope.dimension_count": 6,
         "rope.freq_base": pytest.approx(100**0.75),
@@ -116,7 +116,7 @@ def test_the_file_says_what_llama_cpp_reads(dtype, run, tmp_path):
     assert kinds["blk.0.attn_kv_a_norm.weight"] == "F32"
     # ggml's dims are the other way round.
     shapes = {t.name: tuple(t.shape.tolist()) for t in reader.tensors}
-    assert shapes["blk.0.attn_k_b.weight"] == (10, 17, 4)
+    assert shapes["blk.0.attn_k_b.weight"] == (8, 17, 4)
     assert shapes["blk.0.attn_v_b.weight"] == (17, 8, 4)
     assert shapes["blk.0.attn_kv_a_mqa.weight"] == (32, 23)
     size = dtype.itemsize

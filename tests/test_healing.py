@@ -9,9 +9,11 @@ import torch
 from rehead.converters import healing
 from rehead.converters.activations import Activations
 from rehead.converters.healing import _orders, _rate, heads_of, heal, output_error
+from rehead.converters.latent import with_low_rank_queries
 from rehead.converters.maps import reference_attention
-from rehead.converters.mfa import MFADims, mfa_moments, to_mfa
-from rehead.converters.mla import mla_moments, to_mla, with_low_rank_queries
+from rehead.converters.mfa import MFADims, to_mfa
+from rehead.converters.mla import to_mla
+from rehead.converters.moments import latent_moments
 from rehead.converters.plan import LayerDims
 
 MAPS = layers.maps(bias=True)
@@ -33,9 +35,10 @@ def seeded(seed=0):
 
 
 def form(rope_on_read=False, queries=None):
-    moments = mla_moments(MAPS, SEEN.x[:8], seeded(), rope_on_read)
+    moments = latent_moments(MAPS, SEEN.x[:8], seeded(), rope_on_read)
     found = to_mla(MAPS, moments, LayerDims(10, 4, on_read=rope_on_read))
-    return with_low_rank_queries(found, SEEN.x[:8], seeded(), queries) if queries else found
+    rank = lambda energy: queries  # noqa: E731
+    return with_low_rank_queries(found, SEEN.x[:8], seeded(), rank, "q_lora_rank")
 
 
 def healed(start, steps=40, seed=0, seen=SEEN, **options):
@@ -83,14 +86,19 @@ def unequal(mfa):
     scale = torch.logspace(-1.3, 1.3, mfa.head_dim).double()
     turned = 2 * len(mfa.rope_pairs)
     scale[-turned:] = scale[-turned // 2 :].repeat(2)  # both parts of a pair
-    return replace(mfa, k=mfa.k * scale[:, None], q=mfa.q / scale[:, None])
+    return replace(
+        mfa,
+        k=mfa.k * scale[:, None],
+        k_b=mfa.k_b / scale[:-turned],
+        synthesis=mfa.synthesis / scale[-turned:],
+    )
 
 
 def test_healing_does_not_depend_on_the_channels_sizes(monkeypatch):
     plain = replace(MAPS, q_bias=None, k_bias=None)
     y = torch.stack([reference_attention(plain, row) for row in ALL.x.double()]).float()
     seen, unseen = replace(SEEN, y=y[:160]), replace(UNSEEN, y=y[160:])
-    start = to_mfa(plain, mfa_moments(plain, seen.x[:8], seeded()), MFADims(12, 8))
+    start = to_mfa(plain, latent_moments(plain, seen.x[:8], seeded(), False), MFADims(12, 8))
     other = unequal(start)
     same = output_error(start, unseen).relative
     assert output_error(other, unseen).relative == pytest.approx(same, rel=1e-3)
@@ -103,7 +111,7 @@ def test_healing_does_not_depend_on_the_channels_sizes(monkeypatch):
 
 def test_an_exact_layer_stays_exact():
     """The rate falls with the error that is left."""
-    moments = mla_moments(MAPS, SEEN.x[:8], seeded(), False)
+    moments = latent_moments(MAPS, SEEN.x[:8], seeded(), False)
     exact = to_mla(MAPS, moments, LayerDims(16, 16))
     assert output_error(exact, UNSEEN).relative < 1e-10
     assert output_error(healed(exact, steps=10), UNSEEN).relative < 1e-6

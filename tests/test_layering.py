@@ -21,8 +21,9 @@ FILES = {
 PURE = [
     f"rehead.converters.{name}"
     for name in (
-        *("activations", "calibration", "gqa", "grouping", "lowrank", "maps", "mfa", "mla", "plan"),
-        *("refit", "rope_split", "shared_key"),
+        *("activations", "calibration", "gqa", "grouping", "latent", "lowrank", "maps", "mfa"),
+        *("mfa_kr", "mla", "moments", "on_read", "plan", "refit", "rope_split", "shared_key"),
+        "whole_keys",
     )
 ]
 

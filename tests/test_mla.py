@@ -12,19 +12,15 @@ from layers import error
 from rehead.converters.calibration import in_precision, kronecker
 from rehead.converters.errors import InputError
 from rehead.converters.families import family_of
+from rehead.converters.latent import spreading, with_low_rank_queries
 from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import AttentionMaps, attention, project, reference_attention
-from rehead.converters.mla import (
-    MLA,
-    decoupled_mla,
-    mla_builder,
-    mla_moments,
-    to_mla,
-    with_low_rank_queries,
-)
+from rehead.converters.mla import decoupled_mla, mla_builder, to_mla
+from rehead.converters.moments import latent_moments
+from rehead.converters.on_read import ReadKeyMLA
 from rehead.converters.plan import LayerDims
 from rehead.converters.rope_split import (
-    position_free_queries,
+    multiplied,
     rope_components,
     shared_rope_pairs,
     split_rope,
@@ -46,7 +42,11 @@ def seeded(seed=5):
 
 
 def moments_of(maps, x, kind="decoupled"):
-    return in_precision(mla_moments(maps, x, seeded(), kind != "decoupled"), maps.q.dtype)
+    return in_precision(latent_moments(maps, x, seeded(), kind != "decoupled"), maps.q.dtype)
+
+
+def low_rank(mla, x, rank):
+    return with_low_rank_queries(mla, x, seeded(), lambda energy: rank, "q_lora_rank")
 
 
 # Keys rotated when they are read: whole, or one rotated key that is read from the latent.
@@ -77,7 +77,10 @@ def test_everything_kept_is_the_identity(shape, kind):
     wanted = outputs(maps, x)
     moments, dims = moments_of(maps, x, kind), all_dims(maps, kind)
     mla = to_mla(maps, moments, dims)
-    assert (mla.kv_lora_rank, mla.qk_rope_head_dim) == (dims.kv_lora_rank, dims.qk_rope_head_dim)
+    assert (mla.kv_b.shape[2], 2 * len(mla.rope_pairs)) == (
+        dims.kv_lora_rank,
+        dims.qk_rope_head_dim,
+    )
     assert mla.cache_width == dims.width
     # A factorisation by eigenvectors keeps half the digits.
     tolerance = 1e-5 if kind == "read key" else 1e-6
@@ -97,8 +100,8 @@ def test_it_is_run_through_its_latent_as_it_is_expanded(shape, kind, queries):
     x = layers.inputs(hidden=maps.hidden)
     made = to_mla(maps, moments_of(maps, x, kind), dims_of(kind, 12, 6))
     if queries == "low rank":
-        made = with_low_rank_queries(made, x, seeded(), 10)
-    for mla in (made, made.settled(x), made.settled(x).balanced()):
+        made = low_rank(made, x, 10)
+    for mla in (made, made.balanced(), made.stored(x), made.stored(x).balanced()):
         wanted = outputs(mla.expand(), x)
         assert error(attention(mla.reader(), x.double()), wanted) < 1e-5
         # Another form's, or one whose rotated key is another, would be seen.
@@ -235,17 +238,16 @@ def test_layers_can_share_the_frequencies_they_keep():
 def test_position_free_queries_carry_the_mean_phase():
     maps, x = layers.maps(bias=True), layers.inputs()
     phases = moments_of(maps, x).phases
-    q, bias = position_free_queries(maps, phases)
-    mu = phases.mean_phase
-    for weight, free in ((maps.q, q), (maps.q_bias[..., None], bias[..., None])):
-        z = torch.complex(weight[:, :4], weight[:, 4:]) * mu[..., None]
-        assert torch.allclose(free, torch.cat([z.real, z.imag], 1))
+    split = split_rope(maps, phases, rope_components(maps, phases), 3)
+    mu, queries = phases.mean_phase, maps.queries(x.double())
+    z = torch.complex(queries[..., :4], queries[..., 4:]) * mu
+    assert torch.allclose(multiplied(queries, split.phase), torch.cat([z.real, z.imag], -1))
 
 
 def stacked_error(maps, keys, mla, moments):
     """The Gauss-Newton error of a layer's position-free keys and values."""
     kv = mla.kv_b @ mla.kv_a[: mla.kv_lora_rank]
-    nope = mla.qk_nope_head_dim
+    nope = maps.qk_dim
     off = torch.cat([(keys - kv[:, :nope]).flatten(0, 1), (maps.v - kv[:, nope:]).flatten(0, 1)])
     return float((moments.gradients @ off @ moments.inputs * off).sum())
 
@@ -276,16 +278,21 @@ def test_error_falls_with_rank_and_is_below_a_plain_svds():
 
 
 def test_a_rotated_key_has_its_part_in_every_key():
-    """What the synthesis says is what the split left out, and so it takes gradients back."""
+    """What its rows say is what the split left out, and so they take gradients back."""
     maps, x = layers.maps(bias=True), layers.inputs()
     phases = moments_of(maps, x).phases
     components = rope_components(maps, phases)
     for count in (1, 3, 8):
         split = split_rope(maps, phases, components, count)
-        part = (split.synthesis.mT @ split.k_rope).unflatten(0, maps.k.shape[:2])
+        part = (split.rows.mT @ split.k_rope).unflatten(0, maps.k.shape[:2])
         assert error(part + split.k_nope, maps.k) < 1e-12
-        twin = (split.synthesis.mT @ split.k_rope.flip(0)).unflatten(0, maps.k.shape[:2])
+        twin = (split.rows.mT @ split.k_rope.flip(0)).unflatten(0, maps.k.shape[:2])
         assert error(twin + split.k_nope, maps.k) > 1e-2
+        # The factors that are stored say the same, in complex numbers.
+        found = spreading(split.synthesis, split.rope_pairs, [*range(4)]) @ split.k_rope
+        assert error(found, part) < 1e-12
+        conjugate = split.synthesis * torch.tensor([1.0, -1.0]).repeat_interleave(count)
+        assert error(spreading(conjugate, split.rope_pairs, [*range(4)]) @ split.k_rope, part) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["whole keys", "read key"])
@@ -348,11 +355,11 @@ def test_low_rank_queries(shape, kind):
     mla = to_mla(maps, moments, dims_of(kind, 12, 6))
     wanted = outputs(mla.expand(), x)
     full = min(mla.q.shape[0] * mla.q.shape[1], maps.hidden)
-    same = with_low_rank_queries(mla, x, seeded(), full)
+    same = low_rank(mla, x, full)
     assert same.q_down.shape == (full, maps.hidden)
     assert error(outputs(same.expand(), x), wanted) < 1e-9
     rank = maps.heads * maps.qk_dim // 2
-    some = with_low_rank_queries(mla, x, seeded(), rank)
+    some = low_rank(mla, x, rank)
     found = error(outputs(some.expand(), x), wanted)
     # A plain truncation is worse.
     u, s, vh = torch.linalg.svd(mla.q.flatten(0, 1), full_matrices=False)
@@ -361,7 +368,13 @@ def test_low_rank_queries(shape, kind):
     assert 1e-6 < found < error(outputs(plain.expand(), x), wanted)
     for wrong in (0, full + 1):
         with pytest.raises(InputError, match=f"q_lora_rank={wrong} must be at least 1 and at most"):
-            with_low_rank_queries(mla, x, seeded(), wrong)
+            low_rank(mla, x, wrong)
+    # The rank is told by what leaving out each direction adds, and may be none.
+    told = []
+    same = with_low_rank_queries(mla, x, seeded(), told.append, "q_lora_rank")
+    assert same is mla
+    assert told[0].shape == (full,)
+    assert (told[0].diff() <= 0).all()
 
 
 def test_the_same_seed_gives_the_same_layer():
@@ -411,18 +424,16 @@ def test_model_class_computes_what_the_maps_say(form, rope_type, q_lora_rank):
     dims = FORMS[form]
     mla = to_mla(maps, moments_of(maps, x, "read key" if dims.on_read else "decoupled"), dims)
     if q_lora_rank:
-        mla = with_low_rank_queries(mla, x, seeded(), q_lora_rank)
+        mla = low_rank(mla, x, q_lora_rank)
     wanted = outputs(mla.expand(), x)
-    mla = mla.settled(x).balanced()
+    mla = mla.stored(x)
 
     config_class, _, causal_lm = MLA_CLASSES["qwen2"]
     model = causal_lm(
         config_class(
             **tiny.BASE | dict(num_hidden_layers=1, rope_parameters=stock.config.rope_parameters),
-            kv_lora_rank=mla.kv_lora_rank,
-            qk_rope_head_dim=mla.qk_rope_head_dim,
-            qk_nope_head_dim=mla.qk_nope_head_dim,
-            v_head_dim=mla.v_head_dim,
+            kv_lora_rank=dims.kv_lora_rank,
+            qk_rope_head_dim=dims.qk_rope_head_dim,
             q_lora_rank=q_lora_rank,
             rope_pairs=[list(mla.rope_pairs)],
             rope_on_read=dims.on_read,
@@ -446,17 +457,17 @@ def test_model_class_computes_what_the_maps_say(form, rope_type, q_lora_rank):
 @pytest.mark.parametrize("kind", ["whole keys", "read key"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [6, 13])
-def test_a_settled_layer_is_the_same(kind, bias, rank):
-    """Also where the key is all of the latent, and on other inputs than it was settled with."""
+def test_a_stored_layer_is_the_same(kind, bias, rank):
+    """Also where the key is all of the latent, and on other inputs than it was stored with."""
     maps, x = layers.maps(bias=bias), layers.inputs() + 3.0
     mla = to_mla(maps, moments_of(maps, x, kind), dims_of(kind, rank, 6))
-    found, other = mla.settled(x), layers.inputs(seed=8)
+    found, other = mla.stored(x), layers.inputs(seed=8)
     assert error(outputs(found.expand(), other), outputs(mla.expand(), other)) < 1e-10
     latents = x.double() @ found.kv_a.mT + found.kv_a_bias
     assert latents.mean((0, 1)).abs().max() < 1e-10
     if kind == "read key":
         # The key is read by a slice; one of another order of its parts would be seen.
-        assert found.k_rope is None
+        assert not hasattr(found, "k_rope")
         assert found.k_rope_bias.shape == (6,)
         twin = replace(found, kv_a=found.kv_a.clone())
         twin.kv_a[-2:] = found.kv_a[[-1, -2]]
@@ -464,29 +475,104 @@ def test_a_settled_layer_is_the_same(kind, bias, rank):
         free, key = latents.flatten(0, 1).split([rank - 6, 6], dim=1)
         together = free.mT @ key / (free.square().sum(0)[:, None] * key.square().sum(0)).sqrt()
         assert not together.numel() or together.abs().max() < 0.05
-        with pytest.raises(ValueError, match="settled"):
+        with pytest.raises(ValueError, match="stored"):
             mla.state_dict()
+
+
+LAYOUTS = {
+    "decoupled": dims_of("decoupled", 9, 6),
+    "decoupled, none rotated": LayerDims(9, 0),
+    "whole keys": dims_of("whole keys", 13, 0),
+    "inputs": dims_of("whole keys", 32, 0),
+    "read key": dims_of("read key", 13, 6),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neither_basis_nor_full_rank_changes_anything(layout, bias):
+    """What is stored, what is balanced, and queries of all the rank they have, in every layout."""
+    maps, x, other = layers.maps(bias=bias), layers.inputs() + 3.0, layers.inputs(seed=8)
+    dims = LAYOUTS[layout]
+    kind = "read key" if dims.on_read else "decoupled"
+    mla = to_mla(maps, moments_of(maps, x, kind), dims)
+    wanted, full = outputs(mla.expand(), other), low_rank(mla, x, 32)
+    for found in (
+        *(mla.balanced(), mla.stored(x), mla.stored(x).balanced(), mla.stored(other).stored(x)),
+        *(full, full.balanced(), full.stored(x)),
+    ):
+        assert error(outputs(found.expand(), other), wanted) < 1e-10
+        # A channel twice as large as it is read would be seen.
+        twin = replace(found, kv_b=torch.cat([2 * found.kv_b[..., :1], found.kv_b[..., 1:]], 2))
+        assert error(outputs(twin.expand(), other), wanted) > 1e-4
+    assert full.q_down.shape == (32, 32)
+    assert torch.equal(mla.q, maps.q)
+    assert torch.equal(mla.stored(x).q, maps.q)
+    assert torch.equal(mla.stored(x).o, maps.o)
+
+
+@pytest.mark.parametrize("queries", ["whole", "low rank"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", ["decoupled", "read key", "stored"])
+def test_structured_queries_are_the_wide_rows_they_replace(layout, bias, queries):
+    """Of width E + 2n instead of E, for one key that all heads share."""
+    maps, x = layers.maps(bias=bias), layers.inputs()
+    kind = "decoupled" if layout == "decoupled" else "read key"
+    mla = to_mla(maps, moments_of(maps, x, kind), dims_of(kind, 13, 10))
+    mla = low_rank(mla, x, 10) if queries == "low rank" else mla
+    mla = mla.stored(x) if layout == "stored" else mla
+    assert len(set(mla.rope_pairs)) < 5  # more components than frequencies
+    for form in (mla, layers.with_random_factors(mla)):
+        wide = layers.wide_rows(form)
+        assert wide.q.shape == (4, form.phase.shape[1] + 10, 32)
+        assert form.expand().qk_dim == form.phase.shape[1] + 2 * len(set(form.rope_pairs))
+        wanted = outputs(wide, x)
+        assert error(outputs(form.expand(), x), wanted) < 1e-12
+        assert error(attention(form.reader(), x.double()), wanted) < 1e-5
+        twin = outputs(layers.wide_rows(form, conjugate=False), x)
+        assert error(outputs(form.expand(), x), twin) > 1e-2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_latent_as_wide_as_the_input_is_the_input(bias):
+    """The source's maps, to the last bit, whatever the text says."""
+    maps, x = layers.maps(bias=bias), layers.inputs()
+    for kind in ("whole keys", "read key"):
+        build = mla_builder(maps, moments_of(maps, x, kind))
+        found = build(LayerDims(32, on_read=True))
+        assert found.cache_width == 32
+        assert torch.equal(found.q, maps.q)
+        assert torch.equal(found.kv_b, torch.cat([maps.k, maps.v], 1))
+        assert torch.equal(found.o, maps.o)
+        assert error(outputs(found.stored(x).expand(), x), outputs(maps, x)) < 1e-14
+        assert not {"kv_a_proj_with_mqa.weight"} & found.state_dict().keys()
+        less = build(LayerDims(31, on_read=True))
+        assert error(outputs(less.expand(), x), outputs(maps, x)) > 1e-6
 
 
 @pytest.mark.parametrize("alike", [False, True])
 def test_small_and_similar_pairs_of_the_key_lose_nothing(alike, monkeypatch):
     """One far smaller than the others, and two of one frequency that are almost the same."""
-    maps, x = layers.maps(), layers.inputs()
+    maps, x = layers.maps(6, 3), layers.inputs()
     mla = to_mla(maps, moments_of(maps, x, "read key"), LayerDims(13, 6, on_read=True))
     pairs = (0, 0, 1) if alike else mla.rope_pairs
     mixed = torch.eye(3).double()
     mixed[1] = torch.tensor([1.0 if alike else 0.0, 1e-4, 0.0])
-    read = torch.block_diag(torch.eye(mla.qk_nope_head_dim).double(), *[mixed.inverse().mT] * 2)
-    key = torch.block_diag(mixed, mixed)
+    key, read = (torch.block_diag(part, part) for part in (mixed, mixed.inverse()))
     before = replace(mla, rope_pairs=pairs)
     odd = replace(
-        before, q=read @ mla.q, k_rope=key @ mla.k_rope, k_rope_bias=key @ mla.k_rope_bias
+        before,
+        synthesis=mla.synthesis @ read,
+        k_rope=key @ mla.k_rope,
+        k_rope_bias=key @ mla.k_rope_bias,
     )
     wanted = outputs(before.expand(), x)
     assert error(outputs(odd.expand(), x), wanted) < 1e-10
-    assert error(outputs(odd.settled(x).expand(), x), wanted) < 1e-10
-    monkeypatch.setattr(MLA, "_with_white_pairs", lambda mla, covariance: mla)
-    assert error(outputs(odd.settled(x).expand(), x), wanted) > 1e-3
+    assert error(outputs(odd.stored(x).expand(), x), wanted) < 1e-10
+    monkeypatch.setattr(
+        ReadKeyMLA, "_with_white_pairs", lambda m, _: (m.k_rope, m.synthesis, m.k_rope_bias)
+    )
+    assert error(outputs(odd.stored(x).expand(), x), wanted) > 1e-3
 
 
 def test_a_key_that_does_not_vary_still_leaves_room_for_values():
@@ -495,7 +581,7 @@ def test_a_key_that_does_not_vary_still_leaves_room_for_values():
     mla = to_mla(maps, moments_of(maps, x, "read key"), LayerDims(6, 6, on_read=True))
     for k_rope in (torch.zeros_like(mla.k_rope), mla.k_rope[:1].expand(6, -1).clone()):
         flat = replace(mla, k_rope=k_rope)
-        found = flat.settled(x)
+        found = flat.stored(x)
         assert found.kv_b.isfinite().all()
         values = (found.kv_b @ found.kv_a)[:, -8:]
         assert error(values, (flat.kv_b @ flat.kv_a)[:, -8:]) < 1e-9

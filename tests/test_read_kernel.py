@@ -5,8 +5,7 @@ import tiny
 import torch
 from tiny import error, step_by_step
 
-from rehead.modeling import mla as mla_module
-from rehead.modeling import read_kernel
+from rehead.modeling import on_read, read_kernel
 from rehead.modeling.rope_slots import SlotAngles, key_pairs, side_by_side, with_turned
 
 BATCH, HEADS, RANK, SLOTS, SCALING = 2, 3, 21, 300, 0.3
@@ -69,11 +68,22 @@ def test_kernel_in_half_precision_errs_no_more_than_formed_keys(angles):
     assert error(got.float(), exact) < 2 * theirs
 
 
-@pytest.mark.parametrize("extra", [{}, tiny.BIASES | tiny.UNEVEN["rope_read"]], ids=["", "uneven"])
+MODELS = {
+    "rope_read": lambda: tiny.mla(form="rope_read"),
+    "rope_read, uneven": lambda: tiny.mla(
+        form="rope_read", **tiny.BIASES | tiny.UNEVEN["rope_read"]
+    ),
+    "mfa_kr": lambda: tiny.mfa(form="mfa_kr", **tiny.MFA_BIASES),
+    "mfa_kr, uneven": lambda: tiny.mfa(form="mfa_kr", **tiny.MFA_WIDE),
+    "mfa_kr_rows": lambda: tiny.mfa(form="mfa_kr_rows"),
+}
+
+
+@pytest.mark.parametrize("form", MODELS)
 @torch.no_grad()
-def test_model_decodes_by_the_kernel(extra, ids, left_padding, monkeypatch):
+def test_model_decodes_by_the_kernel(form, ids, left_padding, monkeypatch):
     """Asked for as an attn_implementation: left-padded steps equal the full forward."""
-    model = tiny.mla(form="rope_read", **extra)
+    model = MODELS[form]()
     real, positions = left_padding.bool(), tiny.positions_of(left_padding)
     want = model(ids, attention_mask=left_padding, position_ids=positions, use_cache=False).logits
     calls = []
@@ -82,7 +92,7 @@ def test_model_decodes_by_the_kernel(extra, ids, left_padding, monkeypatch):
         calls.append(args)
         return read_kernel.kernel_read(*args)
 
-    monkeypatch.setattr(mla_module, "kernel_read", counted)
+    monkeypatch.setattr(on_read, "kernel_read", counted)
     model.set_attn_implementation(read_kernel.NAME)
     got = step_by_step(model, ids, left_padding, 16, [1, 1, 2])
     assert error(got[real], want[real]) < 1e-5

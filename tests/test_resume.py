@@ -2,8 +2,10 @@
 
 import fcntl
 import hashlib
+import inspect
 import json
 import os
+import pickle
 import random
 import resource
 import subprocess
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import folders
+import layers
 import pytest
 import tiny
 import torch
@@ -19,6 +22,12 @@ from safetensors.torch import load_file, save_file
 from rehead.cli import main
 from rehead.converters import InputError, convert, work
 from rehead.converters.checkpoint import Writer
+from rehead.converters.latent import LatentAttention
+from rehead.converters.mfa import MFADims, mfa_builder
+from rehead.converters.mfa_kr import mfa_kr_builder
+from rehead.converters.mla import mla_builder
+from rehead.converters.moments import latent_moments
+from rehead.converters.plan import LayerDims
 
 WORDS = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "small", "and"]
 KILLS = 20
@@ -146,6 +155,48 @@ def test_a_killed_conversion_ends_in_the_same_bytes(source, text, tmp_path):
     # Some were killed when a part of the layers was done, or this would show nothing.
     assert sum(bool(files) for files in told["seen"]) >= KILLS // 4
     assert digest(source) == before
+
+
+def layouts(kind=LatentAttention):
+    """Every class of a layer that can be written, or fitted."""
+    below = [found for sub in kind.__subclasses__() for found in layouts(sub)]
+    return below if below or inspect.isabstract(kind) else [kind]
+
+
+def test_every_layout_is_kept_and_read_again(tmp_path, monkeypatch):
+    found = {kind.__name__ for kind in layouts()}
+    assert found == {kind.__name__ for kind in work.KEPT if issubclass(kind, LatentAttention)}
+    maps, x = layers.maps(bias=True), layers.inputs()
+    made = []
+    for on_read in (False, True):
+        seeded = torch.Generator().manual_seed(0)
+        moments = latent_moments(maps, x, seeded, on_read)
+        made.append(moments)
+        if on_read:
+            build = mla_builder(maps, moments)
+            dims = [LayerDims(13, rotated, on_read=True) for rotated in (0, 6)]
+            made += [build(dim) for dim in (*dims, LayerDims(32, on_read=True))]
+            made.append(made[-2].stored(x))
+            continue
+        made.append(mla_builder(maps, moments)(LayerDims(13, 6)))
+        for width in (12, 6):
+            made.append(mfa_builder(maps, moments)(MFADims(width, 4)))
+            made.append(mfa_kr_builder(maps, moments)(MFADims(width, 4, True)))
+    assert found == {type(form).__name__ for form in made if isinstance(form, LatentAttention)}
+    for form in made:
+        work.save(tmp_path / "layer.pt", (form, 0.5))
+        again, error = work.load(tmp_path / "layer.pt", torch.device("cpu"))
+        assert (type(again), error) == (type(form), 0.5)
+        for name, value in vars(form).items():
+            same = (
+                torch.equal
+                if isinstance(value, torch.Tensor)
+                else lambda *x: str(x[0]) == str(x[1])
+            )
+            assert same(getattr(again, name), value), name
+    monkeypatch.setattr(work, "KEPT", [kind for kind in work.KEPT if kind is not type(made[-1])])
+    with pytest.raises(pickle.UnpicklingError, match=type(made[-1]).__name__):
+        work.load(tmp_path / "layer.pt", torch.device("cpu"))
 
 
 def test_what_differs_is_named(run, source, text, tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ WINDOW, STEPS = 24, 10
 TEXT = " ".join(
     f"the {i} quick fox {i * 7 % 113} jumps over {i * i % 257} dogs." for i in range(400)
 )
+# Attention's parameters that are no linear layer's: none of them is an adapter's.
+FACTORS = ("q_phase", "k_synthesis")
 UPTRAIN_OPTIONS = {
     *("--data", "--output", "--merge", "--adapter", "--teacher", "--tokens", "--eval-text"),
     *("--eval-windows", "--window", "--target", "--full", "--rank", "--alpha", "--dora"),
@@ -53,7 +55,10 @@ def inputs(tmp_path_factory):
     source = folders.save(path / "source", tiny.source(**folders.MODEL_FIELDS))
     for form in tiny.FORMS:
         student = tiny.mla(
-            form=form, seed=1, conversion={"source": str(path / "source")}, **folders.MODEL_FIELDS
+            form=form,
+            seed=3,
+            conversion={"source": str(path / "source"), "format": 2},
+            **folders.MODEL_FIELDS,
         )
         kept = {k: v for k, v in source.state_dict().items() if ".self_attn." not in k}
         student.load_state_dict(kept, strict=False)
@@ -303,7 +308,7 @@ def test_a_run_lowers_the_held_out_divergence_and_keeps_the_rest(inputs, trained
     before, after = weights(inputs / "decoupled"), weights(path / "merged")
     for name in before:
         same = torch.equal(before[name], after[name])
-        assert same == (".self_attn." not in name or name.endswith("bias"))
+        assert same == (".self_attn." not in name or name.endswith(("bias", *FACTORS)))
     record = json.loads((path / "merged" / "uptraining.json").read_text())
     assert record["recipe"]["rank"] == 4 and record["recipe"]["teacher"] == str(inputs / "source")
     assert load_model(path / "merged").config.uptraining["after"] == record["after"]
@@ -383,7 +388,8 @@ def test_full_training_changes_the_attention_alone(inputs, tmp_path):
     assert done.after.kl < done.before.kl
     before, after = weights(inputs / "decoupled"), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if ".self_attn." in name}
+    assert changed == {n for n in before if ".self_attn." in n}
+    assert {n for n in changed if n.endswith(FACTORS)}
     with pytest.raises(InputError, match="--full trains no adapter"):
         uptrain(config, output=tmp_path / "other", form="adapter")
 

@@ -20,8 +20,12 @@ WORDS = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "sm
 VARIANTS = {
     "mla": dict(),
     "mla on read": dict(rope="on-read"),
+    "mla on read, whole keys": dict(rope="on-read", qk_rope_head_dim=0, q_lora_rank=9),
+    "mla on read, inputs": dict(rope="on-read", qk_rope_head_dim=0, kv_lora_rank=32),
     "mfa": dict(to="mfa"),
     "mfa-kr": dict(to="mfa-kr"),
+    "mfa rows": dict(to="mfa", head_dim=6),
+    "mfa-kr rows": dict(to="mfa-kr", head_dim=6, share_q_dim=4),
     "gqa": dict(to="gqa"),
 }
 
@@ -79,8 +83,19 @@ def one_number(tensors):
     return tensors | {"kv_b_proj.weight": weight}
 
 
+def conjugate_factors(tensors):
+    real, imaginary = tensors["k_synthesis"].chunk(2, dim=-1)
+    return tensors | {"k_synthesis": torch.cat([real, -imaginary], dim=-1)}
+
+
+def no_phase(tensors):
+    still = torch.zeros_like(tensors["q_phase"])
+    still[:, : still.shape[1] // 2] = 1
+    return tensors | {"q_phase": still}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("wrong", [swap_heads, drop_bias, one_number])
+@pytest.mark.parametrize("wrong", [swap_heads, drop_bias, one_number, conjugate_factors, no_phase])
 def test_a_wrong_weight_is_never_put_in_place(wrong, dtype, run, tmp_path, monkeypatch):
     right = MLA.state_dict
     monkeypatch.setattr(MLA, "state_dict", lambda self, factor=1.0: wrong(right(self, factor)))

@@ -21,12 +21,15 @@ from transformers import (
 
 from rehead.modeling import MFA_CLASSES, MLA_CLASSES
 from rehead.modeling.cached_decoding import cache_argument, cache_of
+from rehead.modeling.families import FORMS as FORM_ROWS
 
 SOURCES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
 }
+# Every attention module by the name that a config's `layer_layout` gives.
+ATTENTION = {name: layout for form in FORM_ROWS.values() for name, layout in form.layouts.items()}
 MLA = {family: (config, causal_lm) for family, (config, _, causal_lm) in MLA_CLASSES.items()}
 MFA = {family: (config, causal_lm) for family, (config, _, causal_lm) in MFA_CLASSES.items()}
 BASE = dict(
@@ -43,22 +46,19 @@ BASE = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-DECOUPLED = dict(
-    kv_lora_rank=12,
-    qk_rope_head_dim=6,
-    qk_nope_head_dim=10,
-    v_head_dim=8,
-    rope_pairs=[[3, 0, 0], [1, 2, 1]],
-)
-ON_READ = dict(
-    kv_lora_rank=12, qk_rope_head_dim=0, qk_nope_head_dim=8, v_head_dim=8, rope_on_read=True
-)
+DECOUPLED = dict(kv_lora_rank=12, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
+ON_READ = dict(kv_lora_rank=12, qk_rope_head_dim=0, rope_on_read=True)
 ROPE_READ = ON_READ | dict(qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
 FORMS = {"decoupled": DECOUPLED, "on_read": ON_READ, "rope_read": ROPE_READ}
-FACTORED = dict(
-    mfa_head_dim=11, share_q_dim=9, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]]
-)
-MFA_FORMS = {"mfa": FACTORED, "mfa_kr": FACTORED | dict(key_reuse=True)}
+FACTORED = dict(mfa_head_dim=11, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
+# Below the head's width every head has rows of the key head's.
+NARROW = FACTORED | dict(mfa_head_dim=7)
+MFA_FORMS = {
+    "mfa": FACTORED,
+    "mfa_kr": FACTORED | dict(key_reuse=True),
+    "mfa_rows": NARROW,
+    "mfa_kr_rows": NARROW | dict(key_reuse=True),
+}
 MFA_BIASES = dict(q_bias=True, k_bias=True, o_bias=True)
 BIASES = dict(q_bias=True, kv_a_bias=True, kv_b_bias=True, o_bias=True)
 # Every layer with dims of its own.
@@ -82,17 +82,37 @@ CASES = [
     ("decoupled", UNEVEN["decoupled"]),
     ("on_read", {}),
     ("on_read", BIASES | UNEVEN["on_read"] | dict(q_lora_rank=7)),
+    # One layer caches its input, the other a latent; the last a latent wider than the input.
+    ("on_read", BIASES | dict(kv_lora_rank=32, kv_lora_rank_per_layer=[32, 12])),
+    ("on_read", dict(kv_lora_rank=40)),
+    ("decoupled", dict(qk_norm=True)),
+    ("decoupled", BIASES | UNEVEN["decoupled"] | dict(qk_norm=True)),
     ("rope_read", {}),
     ("rope_read", BIASES | dict(q_lora_rank=7)),
     ("rope_read", UNEVEN["rope_read"]),
 ]
-MFA_UNEVEN = dict(
-    mfa_head_dim_per_layer=[11, 5],
-    share_q_dim_per_layer=[4, 9],
-    qk_rope_head_dim_per_layer=[6, 0],
-    rope_pairs=[[3, 0, 0], []],
+# Of the wide forms one layer is below the head's width; of the narrow ones both are.
+MFA_UNEVEN = {
+    form: dict(
+        mfa_head_dim_per_layer=[fields["mfa_head_dim"], 5],
+        share_q_dim=9,
+        share_q_dim_per_layer=[0, 9],
+        qk_rope_head_dim_per_layer=[6, 0],
+        rope_pairs=[[3, 0, 0], []],
+    )
+    for form, fields in MFA_FORMS.items()
+}
+# Layers that differ and are all wide, the second one without rotated components.
+MFA_WIDE = dict(
+    mfa_head_dim_per_layer=[11, 9], qk_rope_head_dim_per_layer=[6, 0], rope_pairs=[[3, 0, 0], []]
 )
-MFA_VARIANTS = [{}, MFA_BIASES | MFA_UNEVEN | dict(use_inter_norm=True)]
+MFA_CASES = [
+    *((form, {}) for form in MFA_FORMS),
+    *((form, MFA_BIASES | dict(share_q_dim=9)) for form in MFA_FORMS),
+    *((form, MFA_BIASES | uneven) for form, uneven in MFA_UNEVEN.items()),
+    *((form, MFA_WIDE) for form in ("mfa", "mfa_kr")),
+    *((form, MFA_BIASES | dict(qk_norm=True)) for form in ("mfa", "mfa_kr", "mfa_rows")),
+]
 ROPE_TYPES = {
     "default": {"rope_type": "default", "rope_theta": 100.0},
     "yarn": {
@@ -122,11 +142,15 @@ ROPE_TYPES = {
 
 
 def fill_biases(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with random biases and the like, which transformers would leave at zero."""
+    """The model with random biases and factors, which have a fixed value to begin with."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "kr_alpha")):
+            if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
+            elif name.endswith(("q_phase", "k_synthesis")):
+                parameter.normal_(0, 0.7)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5)
     return model
 
 
@@ -149,15 +173,11 @@ def mla(family: str = "llama", form: str = "decoupled", seed: int = 0, **fields)
 
 
 def mfa(family: str = "llama", form: str = "mfa", seed: int = 0, **fields) -> torch.nn.Module:
-    """A randomly initialised MFA model of the family and form ("mfa" or "mfa_kr")."""
+    """A randomly initialised MFA model of the family and one of the `MFA_FORMS`."""
     torch.manual_seed(seed)
     config_class, model_class = MFA[family]
     fields = {"rope_parameters": ROPE_TYPES["default"]} | MFA_FORMS[form] | fields
-    model = fill_biases(model_class(config_class(**BASE | fields))).eval()
-    if model.config.use_inter_norm:
-        for layer in model.model.layers:
-            torch.nn.init.uniform_(layer.self_attn.inter_norm.weight, 0.5, 1.5)
-    return model
+    return fill_biases(model_class(config_class(**BASE | fields))).eval()
 
 
 def side_by_side(keys: torch.Tensor, groups: int) -> torch.Tensor:
@@ -165,45 +185,42 @@ def side_by_side(keys: torch.Tensor, groups: int) -> torch.Tensor:
     return keys.unflatten(0, (groups, 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def spread(queries: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
-    """Rows [H, g * d, ...] of the queries [H * d, ...] against `side_by_side` keys.
+def unit_synthesis(groups: int, pairs: int) -> torch.Tensor:
+    """Factors by which a query meets its own KV head's components as they are, and no others.
 
-    A query head is zero outside its own KV head's pairs.
+    There is a component for every pair of every KV head, head by head, so that no key has a rest.
     """
-    per_head = queries.unflatten(0, (heads, 2, -1))
-    wide = queries.new_zeros(heads, 2, groups, *per_head.shape[2:])
-    for h in range(heads):
-        wide[h, :, h // (heads // groups)] = per_head[h]
-    return wide.flatten(1, 3)
+    own = torch.eye(groups).repeat_interleave(pairs, 1)
+    return torch.cat((own, torch.zeros_like(own)), dim=1)
 
 
 def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
     """The stock model rewritten as MLA without loss, by nothing but a layout of its weights.
 
-    On read: the latent is [all keys; all values] before rotation, and `kv_b_proj` picks a head's.
-    Decoupled: every pair of every KV head keeps RoPE in the shared key, the latent is all values,
-    and a query head is zero outside its own KV head's pairs. With the rotated key read, the same
-    key is the latent's tail, and no head has a position-free one.
+    On read: the latent is [all keys; all values] before rotation, and `kv_b_proj` picks a head's;
+    or, where it would be as wide as the model, the input, and `kv_b_proj` the source's projections.
+    Decoupled: every pair of every KV head keeps RoPE in the shared key, so that no key has a rest,
+    and the latent is all values. With the rotated key read, the same key is the latent's tail.
     """
     old = model.config
-    heads, groups, dim = old.num_attention_heads, old.num_key_value_heads, BASE["head_dim"]
+    groups, dim = old.num_key_value_heads, BASE["head_dim"]
     half, width = dim // 2, groups * dim
     pairs = [f for _ in range(groups) for f in range(half)]
     on_read, shared = form != "decoupled", form != "on_read"
+    inputs = not shared and 2 * width == old.hidden_size
     config_class, model_class = MLA[family]
     with_bias = model.model.layers[0].self_attn.q_proj.bias is not None
     new = model_class(
         config_class(
-            **BASE,
+            **BASE | dict(num_key_value_heads=groups),
             rope_parameters=dict(old.rope_parameters),
             kv_lora_rank=2 * width if on_read else width,
             qk_rope_head_dim=width if shared else 0,
-            qk_nope_head_dim=dim if on_read else 0,
-            v_head_dim=dim,
             rope_pairs=[pairs] * old.num_hidden_layers if shared else None,
             rope_on_read=on_read,
             q_bias=with_bias,
             kv_a_bias=with_bias,
+            kv_b_bias=with_bias and inputs,
         )
     ).eval()
     state = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k}
@@ -211,26 +228,30 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
     for i, layer in enumerate(model.model.layers):
         a, at = layer.self_attn, f"model.layers.{i}.self_attn"
         state[f"{at}.o_proj.weight"] = a.o_proj.weight
+        if shared:
+            state[f"{at}.k_synthesis"] = unit_synthesis(groups, half)
         if read:
             state[f"{at}.k_rope_bias"] = torch.zeros(width)
         for kind in ("weight", "bias") if with_bias else ("weight",):
             q, k, v = (getattr(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj))
             if shared:  # [all real parts | all imaginary parts]
-                k, q = side_by_side(k, groups), spread(q, heads, groups)
+                k = side_by_side(k, groups)
                 if read:  # and the parts of every pair side by side
                     k = k.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-                    q = torch.cat((q.new_zeros(heads, dim, *q.shape[2:]), q), dim=1)
-                q = q.flatten(0, 1)
             state[f"{at}.q_proj.{kind}"] = q
+            if inputs:
+                pair = torch.cat([x.unflatten(0, (groups, dim)) for x in (k, v)], dim=1)
+                state[f"{at}.kv_b_proj.{kind}"] = pair.flatten(0, 1)
+                continue
             state[f"{at}.kv_a_proj_with_mqa.{kind}"] = torch.cat((v, k) if shared else (k, v))
+        if inputs:
+            continue
         eye = torch.eye(width).view(groups, dim, width)
-        if on_read:
-            nothing = torch.zeros_like(eye)
-            key = torch.cat((nothing if shared else eye, nothing), -1)
-            value = torch.cat((eye, nothing) if shared else (nothing, eye), -1)
-            state[f"{at}.kv_b_proj.weight"] = torch.cat((key, value), dim=1).flatten(0, 1)
-        else:
-            state[f"{at}.kv_b_proj.weight"] = eye.flatten(0, 1)
+        nothing = torch.zeros_like(eye)
+        value = torch.cat((eye, nothing) if shared else (nothing, eye), -1)
+        value = value[..., : new.config.kv_lora_rank]
+        pair = value if shared else torch.cat((torch.cat((eye, nothing), -1), value), dim=1)
+        state[f"{at}.kv_b_proj.weight"] = pair.flatten(0, 1)
     new.load_state_dict(state)
     return new
 
@@ -238,13 +259,12 @@ def exact(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
 def exact_mfa(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module:
     """The stock model rewritten as MFA without loss, by nothing but a layout of its weights.
 
-    Keys and values of all KV heads lie side by side, each pair with its own frequency, and a query
-    head is zero outside its own KV head's pairs. MFA-KR: the latent is [values | keys], and its
-    map exchanges the two, so that `o_proj` finds the values after the keys.
+    Keys and values of all KV heads lie side by side, each pair with its own frequency, so that no
+    key has a rest. MFA-KR: the latent is [values | keys].
     """
     old = model.config
     heads, groups, dim = old.num_attention_heads, old.num_key_value_heads, BASE["head_dim"]
-    width, hidden = groups * dim, old.hidden_size
+    width, half = groups * dim, dim // 2
     reuse = form == "mfa_kr"
     config_class, model_class = MFA[family]
     with_bias = model.model.layers[0].self_attn.q_proj.bias is not None
@@ -253,9 +273,8 @@ def exact_mfa(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module
             **BASE,
             rope_parameters=dict(old.rope_parameters),
             mfa_head_dim=(1 + reuse) * width,
-            share_q_dim=hidden,
             qk_rope_head_dim=width,
-            rope_pairs=[[*range(dim // 2)] * groups] * old.num_hidden_layers,
+            rope_pairs=[[*range(half)] * groups] * old.num_hidden_layers,
             key_reuse=reuse,
             q_bias=with_bias,
             k_bias=with_bias,
@@ -263,31 +282,27 @@ def exact_mfa(model: torch.nn.Module, family: str, form: str) -> torch.nn.Module
         )
     ).eval()
     state = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k}
+    values = torch.eye(width).view(groups, dim, width)
     for i, layer in enumerate(model.model.layers):
         a, at = layer.self_attn, f"model.layers.{i}.self_attn"
-        state[f"{at}.q_proj.weight"] = torch.eye(hidden)
+        state[f"{at}.k_synthesis"] = unit_synthesis(groups, half)
         for kind in ("weight", "bias") if with_bias else ("weight",):
             q, k, v = (getattr(p, kind) for p in (a.q_proj, a.k_proj, a.v_proj))
-            k, q = side_by_side(k, groups), spread(q, heads, groups)
-            if reuse:
-                k, q = torch.cat((v, k)), torch.cat((torch.zeros_like(q), q), dim=1)
-            state[f"{at}.wq.{kind}"], state[f"{at}.k_proj.{kind}"] = q.flatten(0, 1), k
-        o = torch.zeros(hidden, heads, groups, dim)
-        for h in range(heads):
-            o[:, h, h // (heads // groups)] = a.o_proj.weight.unflatten(1, (heads, dim))[:, h]
-        o = o.flatten(2)  # [hidden, H, g * d]
+            k = side_by_side(k, groups)
+            if reuse:  # the parts of every pair side by side, after the values
+                k = torch.cat((v, k.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)))
+            state[f"{at}.q_proj.{kind}"], state[f"{at}.k_proj.{kind}"] = q, k
+        o = a.o_proj.weight
         if reuse:
-            swap = torch.eye(2 * width).roll(width, 0)
-            state[f"{at}.kr_alpha"] = alpha = torch.linspace(1, 2, 2 * width)
-            state[f"{at}.kr_proj.weight"] = (swap - torch.eye(2 * width)) / alpha[:, None]
-            o = torch.cat((torch.zeros_like(o), o), dim=2)
+            read = torch.cat((values, torch.zeros_like(values)), dim=2)
         else:
+            read = values
             state[f"{at}.v_proj.weight"] = a.v_proj.weight
-        state[f"{at}.o_proj.weight"] = o.flatten(1)
+        state[f"{at}.v_b_proj.weight"] = read.flatten(0, 1)
+        state[f"{at}.o_proj.weight"] = o
         if with_bias:  # a query's weights sum to one, so the values' bias is the output's
-            state[f"{at}.o_proj.bias"] = (
-                torch.zeros(hidden) if reuse else (o @ a.v_proj.bias).sum(-1)
-            )
+            bias = a.v_proj.bias.view(groups, dim).repeat_interleave(heads // groups, 0).flatten()
+            state[f"{at}.o_proj.bias"] = torch.zeros(old.hidden_size) if reuse else o @ bias
     new.load_state_dict(state)
     return new
 
@@ -297,11 +312,91 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
-def turn(vector: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """[real parts | imaginary parts] as complex numbers, times exp(i angles)."""
-    n = len(angles)
-    z = torch.complex(vector[:n], vector[n:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((z.real, z.imag))
+def as_complex(x: torch.Tensor, *, neighbours: bool = False) -> torch.Tensor:
+    """[..., 2 n] as n complex numbers: real parts then imaginary parts, or by turns."""
+    parts = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, dim=-1)
+    return torch.complex(*parts)
+
+
+def at_pairs(z: torch.Tensor, pairs: list[int], count: int) -> torch.Tensor:
+    """Complex numbers [..., m] at these of `count` pairs, and 0 at the others."""
+    whole = z.new_zeros(*z.shape[:-1], count)
+    whole[..., pairs] = z
+    return whole
+
+
+def resting_pairs(config, layer_idx: int) -> list[int]:
+    """The pairs of which not every KV head's component is rotated, as the layouts define them."""
+    pairs = config.layer_rope_pairs(layer_idx)
+    rotated = [pairs.count(pair) for pair in range(config.head_dim // 2)]
+    return [pair for pair, count in enumerate(rotated) if count < config.num_key_value_heads]
+
+
+def naive_norm(norm: torch.nn.Module, x: torch.Tensor, weight: bool = True) -> torch.Tensor:
+    """An RMS norm of every row of x, as it is defined, or what it does beside its weight."""
+    inverse = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon) ** -0.5
+    return x * inverse * norm.weight if weight else inverse[..., 0]
+
+
+def naive_key_scales(f, rest, synthesis, shared, index) -> torch.Tensor:
+    """What the norm multiplies the keys of tokens and KV heads with, [S, g], from the whole keys.
+
+    The arguments are those of `shared_key_score`; the weight of the norm is in the keys.
+    """
+    if not hasattr(f, "k_norm"):
+        return torch.ones(rest.shape[:2], dtype=torch.float64)
+    whole = rest.clone()
+    for j, pair in enumerate(index.tolist()):
+        whole[..., pair] += synthesis[:, j] * shared[:, None, j]
+    plain = torch.cat((whole.real, whole.imag), dim=-1) / f.k_norm.weight
+    return naive_norm(f.k_norm, plain, weight=False)
+
+
+def shared_key_score(query, phase, rest, synthesis, shared, index, freqs):
+    """score(h, g, t, s) of token t's head h against token s, unscaled, as the layouts define it.
+
+    All are complex but the two last: queries [T, H, f] and their factors [H, f], position-free keys
+    [S, g, f], factors [g, n] of the components [S, n], and for each component the query's pair
+    and the frequency, [n].
+    """
+
+    def score(h: int, g: int, t: int, s: int) -> torch.Tensor:
+        free = (phase[h] * query[t, h]).conj() * rest[s, g]
+        angles = freqs * (s - t)
+        turned = torch.complex(angles.cos(), angles.sin()) * synthesis[g] * shared[s]
+        return (free.sum() + (query[t, h, index].conj() * turned).sum()).real
+
+    return score
+
+
+def naive_mixtures(score, values: torch.Tensor, of_head: list[int], scale: float) -> torch.Tensor:
+    """Causal attention [T, H * v] over values [T, g, v], a head and a pair of tokens at a time.
+
+    `of_head` has each head's KV head.
+    """
+    out = []
+    for t in range(len(values)):
+        parts = []
+        for h, g in enumerate(of_head):
+            scores = torch.stack([score(h, g, t, s) * scale for s in range(t + 1)])
+            parts.append(scores.softmax(0) @ values[: t + 1, g])
+        out.append(torch.cat(parts))
+    return torch.stack(out)
+
+
+def gradients(output: torch.Tensor, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Of a fixed random sum of the output, by the names of the module's parameters; all have one.
+
+    Raises:
+        AssertionError: the output does not depend on one of them.
+    """
+    draw = torch.Generator().manual_seed(5)
+    weights = torch.randn(output.shape, generator=draw, dtype=torch.float64).to(output.dtype)
+    named = dict(module.named_parameters())
+    found = torch.autograd.grad((output * weights).sum(), [*named.values()], allow_unused=True)
+    grads = dict(zip(named, found, strict=True))
+    assert not [name for name, grad in grads.items() if grad is None or not grad.any()]
+    return grads
 
 
 def block_output(model, layer_idx: int, x: torch.Tensor, implementation: str) -> torch.Tensor:
@@ -346,7 +441,7 @@ def absorb(monkeypatch, attention: type[torch.nn.Module], always: bool):
     monkeypatch.setattr(
         attention,
         "_can_absorb",
-        lambda self, length, cached, mask: always and (length == 1 or mask is not None),
+        lambda self, length, keys, mask: always and (length == 1 or mask is not None),
     )
 
 

@@ -27,6 +27,11 @@ def add_trained(model: Any, config: UptrainConfig) -> Any:
     if config.full:
         for name in names:
             model.get_submodule(name).requires_grad_(True)
+        if config.target in ("attention", "all-linear"):
+            # What attention holds beside its linear layers: the factors of its queries, and biases.
+            for _, module in attention_modules(model):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
         return model
     settings = LoraConfig(
         task_type="CAUSAL_LM",

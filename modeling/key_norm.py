@@ -1,0 +1,82 @@
+"""RMSNorms of queries and keys, and what they leave of a key where keys are never formed.
+
+With the norm's weight in what makes a key, a normalised key is one number times what is linear in
+the layer's input: a number for each token and KV head, or one for all heads. It is cached.
+
+Letters as in `shared_key`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+def add_norms(attention):
+    """RMSNorms of queries and keys, where the family has them, of each head or of all."""
+    config = attention.config
+    if config.qk_norm:
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        widths = [config.head_dim * (count if config.norm_all_heads else 1) for count in heads]
+        attention.q_norm, attention.k_norm = (
+            LlamaRMSNorm(width, eps=config.rms_norm_eps) for width in widths
+        )
+
+
+def normalised(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, h, d], of each head or of all together, as wide as the norm is."""
+    width = norm.weight.numel()
+    return norm(x.flatten(2).unflatten(-1, (-1, width))).reshape(x.shape)
+
+
+def key_scales(attention, keys, values):
+    """What the norm multiplies keys with beside its weight, [B, 1, T, g], or 1 for all heads.
+
+    Args:
+        attention: of shared keys.
+        keys, values: what is cached of new tokens, with components that are not turned.
+    """
+    free, _ = attention.position_free(keys, values)
+    whole, half = free.new_zeros(*free.shape[:-1], attention.head_dim), attention.head_dim // 2
+    resting, turned = attention.resting, attention.turned
+    whole = whole.index_copy(-1, torch.cat((resting, half + resting)), free)
+    if attention.qk_rope_head_dim:
+        spread = attention.spread(attention.components(keys))
+        whole = whole.index_add(-1, torch.cat((turned, half + turned)), spread)
+    norm = attention.k_norm
+    plain = whole / norm.weight.view(-1, attention.head_dim)
+    over = (-2, -1) if attention.config.norm_all_heads else (-1,)
+    wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
+    inverse = (wide.square().mean(over, keepdim=True) + norm.variance_epsilon).rsqrt()
+    return inverse.squeeze(-1).unsqueeze(1).to(keys.dtype)
+
+
+def split_scales(values, count: int):
+    """Cached values without their last `count` dims, and those as [B, count, S]; None for none."""
+    if not count:
+        return values, None
+    values, scales = values.split([values.shape[-1] - count, count], dim=-1)
+    return values, scales.squeeze(1).mT
+
+
+def scaled_scores(free, key_bias, scales) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes scores [B, H, T, S] with normalised keys of those with keys as they are cached.
+
+    A constant in a key adds the same to all scores of a query, which softmax would not see, but for
+    the scales.
+
+    Args:
+        free: queries for position-free keys, times the scores' scaling, [B, g, H / g, T, N].
+        key_bias: what is constant in position-free keys, [g, N], or None.
+        scales: of the cached keys, [B, g or 1, S].
+    """
+    constant: Any = 0.0
+    if key_bias is not None:
+        constant = torch.einsum("bgmtn,gn->bgmt", free, key_bias)[..., None]
+
+    def normed(scores):
+        scores = scores.unflatten(1, free.shape[1:3]) + constant
+        return (scores * scales[:, :, None, None]).flatten(1, 2)
+
+    return normed
