@@ -239,6 +239,8 @@ class SharedKeyAttention(LatentAttention):
         return self.kv_heads if self.k_norm.dim() == 1 else 1
 
     def expand(self) -> AttentionMaps:
+        if self.k_norm is not None:
+            raise ValueError("a key that is scaled by a number of its own is no map of the input.")
         (k, v), (k_bias, v_bias) = affine(self._keys, self.o)
         layout = self.query_layout()
         q = layout @ (self.q if self.q_down is None else self.q @ self.q_down)

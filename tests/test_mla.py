@@ -15,6 +15,8 @@ from rehead.converters.families import family_of
 from rehead.converters.latent import spreading, with_low_rank_queries
 from rehead.converters.lowrank import weighted_svd
 from rehead.converters.maps import AttentionMaps, attention, project, reference_attention
+from rehead.converters.mfa import MFADims, mfa_builder
+from rehead.converters.mfa_kr import mfa_kr_builder
 from rehead.converters.mla import decoupled_mla, mla_builder, to_mla
 from rehead.converters.moments import latent_moments
 from rehead.converters.on_read import ReadKeyMLA
@@ -647,3 +649,30 @@ def test_text_that_says_nothing_turns_no_pair_of_frequency_zero_off():
     assert moments.phases is not None
     assert torch.equal(moments.phases.mean_phase[:, 2:], torch.ones(4, 2, dtype=torch.complex128))
     assert not torch.equal(moments.phases.mean_phase[:, :2].abs(), torch.ones(4, 2).double())
+
+
+@pytest.mark.parametrize("form", ["mla", "mfa", "mfa-kr"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", ["head", "all"])
+def test_normalised_keys_are_exact_at_full_width_and_no_maps(norm, bias, form):
+    """A key is a number of the token and KV head times what is linear; both are in the layer."""
+    maps, x = layers.maps(bias=bias), layers.inputs()
+    shape = (lambda heads: (heads, 8)) if norm == "all" else (lambda heads: (8,))
+    draw = torch.Generator().manual_seed(3)
+    weights = [torch.rand(shape(count), generator=draw).double() + 0.5 for count in (4, 2)]
+    maps = replace(maps, q_norm=weights[0], k_norm=weights[1], norm_eps=1e-6)
+    moments = latent_moments(maps, x, torch.Generator().manual_seed(0), False)
+    if form == "mla":
+        layer = to_mla(maps, moments, LayerDims(16, 16))
+    else:
+        build = mfa_builder if form == "mfa" else mfa_kr_builder
+        layer = build(maps, moments)(MFADims(16 if form == "mfa" else 32, 16, form == "mfa-kr"))
+    assert layer.cache_width == 32 + (1 if norm == "all" else 2)
+    wanted = attention(maps, x.double())
+    for same in (layer, layer.balanced(), layer.stored(x)):
+        assert error(attention(same, x.double()), wanted) < 1e-6
+    # Without the number, or with that of another head, it is another attention.
+    twin = replace(layer, k_norm=None)
+    assert error(attention(twin, x.double()), wanted) > 1e-2
+    with pytest.raises(ValueError, match="no map of the input"):
+        layer.expand()
