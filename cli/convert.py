@@ -304,7 +304,7 @@ def _report(
 
 def _pays(tokens: int | None) -> str:
     if tokens == 0:
-        return "Weights and cache together: smaller than the original's at any context"
+        return "Weights and cache together: no larger than the original's at any context"
     if tokens is None:
         return "[bold]Weights and cache together: larger than the original's at any context[/]"
     return (

@@ -50,9 +50,7 @@ class Budget:
             most=everything.width,
             fixed=None,
         )
-        fixed = budget._explicit(recipe)
-        if fixed is not None:
-            fixed = replace(fixed, scales=scales)
+        fixed = budget._explicit(recipe, scales)
         exact = on_read or rotatable == groups * rotated
         # All of the cache is asked for: what scales keys is beside it.
         whole = recipe.kv_budget == 1 and recipe.kv_lora_rank is None
@@ -68,7 +66,7 @@ class Budget:
         layers = [fixed] * config.num_hidden_layers
         return replace(budget, width=fixed.width, fixed=layers)
 
-    def _explicit(self, recipe: Recipe) -> LayerDims | None:
+    def _explicit(self, recipe: Recipe, scales: int) -> LayerDims | None:
         rank, rotated = recipe.kv_lora_rank, recipe.qk_rope_head_dim
         on_read = recipe.rope == "on-read"
         if rotated is not None and (rotated % 2 or rotated > self.rotatable):
@@ -85,16 +83,16 @@ class Budget:
         if rank is None:
             if rotated is None:
                 return None
-            rank = self.width - rotated
+            rank = self.width - scales - rotated
         elif rotated is None:
-            rotated = 2 * (min(max(self.width - rank, 0), self.rotatable) // 2)
+            rotated = 2 * (min(max(self.width - scales - rank, 0), self.rotatable) // 2)
         self._check_rank(rank, 0 if on_read else rotated)
         if on_read and rotated > rank:
             raise InputError(
                 f"qk_rope_head_dim={rotated} must be at most kv_lora_rank={rank}: on-read, the "
                 "rotated key is a part of the latent. Give 0 to rotate every key whole."
             )
-        return LayerDims(rank, rotated, on_read=on_read)
+        return LayerDims(rank, rotated, on_read=on_read, scales=scales)
 
     def _check_rank(self, rank: int | None, rotated: int) -> None:
         """Raises unless a rank beside so many rotated dims, 0 if they are a part of it, fits."""

@@ -242,6 +242,7 @@ def resume_note(
         "the source's digest": source.fingerprint(),
         "device": device.type,
         "rehead": version("rehead"),
+        "format": FORMAT,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -18,7 +18,9 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 def pays_from_tokens(
     source: int, converted: int, kv_bytes: dict[str, int], itemsize: int
 ) -> int | None:
-    """The cached tokens from which on a conversion saves memory; None if it never does.
+    """The cached tokens from which on a conversion takes no more memory; None if it never does.
+
+    It is 0 for one that takes no more at any context.
 
     Args:
         source, converted: parameters of the attention.
@@ -27,9 +29,9 @@ def pays_from_tokens(
     """
     saved = kv_bytes["source"] - kv_bytes["converted"]
     added = (converted - source) * itemsize
-    if added <= 0:
-        return 0
-    return None if saved <= 0 else -(-added // saved)
+    if saved < 0 or (saved == 0 and added > 0):
+        return None
+    return 0 if added <= 0 else -(-added // saved)
 
 
 def attention_parameters(config: PretrainedConfig) -> int:

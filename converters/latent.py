@@ -357,13 +357,15 @@ def rest_bias(
     keys: Float[Tensor, "G N D"],
     mean: Float[Tensor, " D"],
 ) -> Float[Tensor, "G N"] | None:
-    """What is constant in position-free keys, which only a norm makes matter; None without one.
+    """What is constant in position-free keys, where a norm or a cap of scores makes it matter.
+
+    It shifts all scores of a query alike, which softmax does not see otherwise: then None.
 
     Args:
         keys: the position-free keys that a layer has, as maps of its input.
         mean: the input's mean.
     """
-    if maps.k_norm is None:
+    if maps.k_norm is None and maps.softcap is None:
         return None
     dims = resting_dims(maps, split)
     return split.k_nope_bias[:, dims] + (split.k_nope[:, dims] - keys) @ mean

@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# Of the largest: what a weight of the keys' norm is taken to be at least.
+LEAST_WEIGHT = 1e-4
+
 
 @runtime_checkable
 class Reader(Protocol):
@@ -137,9 +140,12 @@ class AttentionMaps:
         """
         if self.k_norm is None:
             return self
-        weight = self.k_norm.expand(self.k.shape[:2])
+        # The norm itself is found from these keys, divided by their weight again.
+        least = LEAST_WEIGHT * self.k_norm.abs().max()
+        norm = self.k_norm.where(self.k_norm.abs() > least, least)
+        weight = norm.expand(self.k.shape[:2])
         bias = None if self.k_bias is None else self.k_bias * weight
-        return replace(self, k=self.k * weight[..., None], k_bias=bias)
+        return replace(self, k=self.k * weight[..., None], k_bias=bias, k_norm=norm)
 
     @property
     def heads(self) -> int:

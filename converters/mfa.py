@@ -238,9 +238,7 @@ class KeyHeadRows(LatentAttention):
         eye = torch.eye(self.o.shape[0]).to(self.k)
         bias = torch.zeros_like(self.k[:, 0]) if self.k_bias is None else self.k_bias
         v_bias = self.value_head(torch.zeros_like(eye[0]), bias)
-        v = self.value_head(eye, self.k.mT).mT if self.k_bias is None else None
-        if v is None:
-            v = (self.value_head(eye, self.k.mT + bias) - v_bias).mT
+        v = (self.value_head(eye, self.k.mT + bias) - v_bias).mT
         chosen = self.inv_freq[[*self.rope_pairs]]
         return AttentionMaps(
             q=layout @ (self.q if self.q_down is None else self.q @ self.q_down),
@@ -386,8 +384,8 @@ def head_fields(
     fields = kept(maps, split) | {"k": torch.cat([down, split.k_rope]), "k_bias": bias}
     k_b = of_groups(up, maps)[:, resting_dims(maps, split)]
     k_b_bias = rest_bias(maps, split, k_b @ down, mean)
-    if not len(down) and k_b_bias is None:  # nothing position-free is read
-        fields["phase"], k_b = fields["phase"][:, :0], k_b[:, :0]
+    if not len(down) and maps.k_norm is None:  # nothing position-free is read
+        fields["phase"], k_b, k_b_bias = fields["phase"][:, :0], k_b[:, :0], None
     return fields | {"k_b": k_b, "k_b_bias": k_b_bias}
 
 

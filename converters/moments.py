@@ -24,7 +24,7 @@ class LatentMoments:
     Args:
         kronecker: of position-free keys and values; on-read, of each KV head's [keys as they are |
             position-free keys], and of values.
-        phases: what it costs to drop a rotation. None where keys are normalised, and none can be;
+        phases: what it costs to drop a rotation. None where keys are formed whole and normalised;
             there are then no position-free keys.
     """
 

@@ -30,7 +30,7 @@ class RopeSplit:
         k_rope: the rotated components of the one shared key.
         k_nope: what the kept components leave of the keys.
         k_nope_bias: the same of the keys' bias. It shifts all scores of a query alike, which no
-            softmax sees, unless keys are normalised.
+            softmax sees, unless keys are normalised or scores capped.
         rope_pairs: frequency index of each kept component.
         removed: J-weighted squared score error that each dropped component costs, in total.
         rows: the rotated key's part in all keys, whose transpose takes their gradients to its.

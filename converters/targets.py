@@ -226,7 +226,8 @@ class MLATarget(Target):
     @property
     def exact(self) -> bool:
         # Engines rotate every frequency once, which is less than there is.
-        return super().exact and not self.engine
+        chosen = self.recipe.kv_lora_rank is None and self.recipe.qk_rope_head_dim is None
+        return chosen and self.width >= self.budget.most and not self.engine
 
     def dims(self, width: int, share: float) -> LayerDims:
         if not self.on_read:

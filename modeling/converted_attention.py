@@ -32,7 +32,7 @@ class ConvertedAttention(nn.Module):
         # Masks have it too; some attention functions take it instead of a mask.
         self.sliding_window = getattr(config, "sliding_window", None) if slides else None
         # Scores are capped by it, which not every attention function can.
-        self.softcap = config.attn_logit_softcapping if config.caps_scores else None
+        self.softcap = config.softcap
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         # Not saved: ConvertedModelMixin._init_weights fills it after a load in meta mode.

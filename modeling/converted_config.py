@@ -55,6 +55,8 @@ class ConvertedConfigMixin(PreTrainedConfig):
     # Whether the family's classes cap scores by `attn_logit_softcapping`.
     caps_scores: ClassVar[bool] = False
     attention_tp_plan: ClassVar[dict[str, str]] = {}
+    # The formats that the form's classes read; the first one had no number.
+    formats: ClassVar[tuple[int | None, ...]] = (FORMAT,)
     # The widths with a list for layers, and the least each may be.
     least_widths: ClassVar[dict[str, int]] = {"qk_rope_head_dim": 0}
     # Fields of the tiny models by which decoding is checked, a set for each layout of the cache.
@@ -122,6 +124,11 @@ class ConvertedConfigMixin(PreTrainedConfig):
         return None
 
     @property
+    def softcap(self) -> float | None:
+        """What scores are capped by; None for nothing."""
+        return self.attn_logit_softcapping if self.caps_scores else None
+
+    @property
     def key_scales(self) -> int:
         """Numbers that a token caches to scale its keys by, where they are normalised."""
         if not self.qk_norm:
@@ -152,7 +159,7 @@ class ConvertedConfigMixin(PreTrainedConfig):
 
     def _check_format(self):
         found = None if self.conversion is None else self.conversion.get("format")
-        if self.conversion is not None and found != FORMAT:
+        if self.conversion is not None and found not in self.formats:
             raise ValueError(
                 f"This model was written in format {found or 1}, and this rehead reads format "
                 f"{FORMAT}. Convert the original again."

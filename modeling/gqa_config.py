@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from .converted_config import ConvertedConfigMixin
+from .converted_config import FORMAT, ConvertedConfigMixin
 
 
 class GQAConfigMixin(ConvertedConfigMixin):
@@ -20,6 +20,7 @@ class GQAConfigMixin(ConvertedConfigMixin):
         "v_proj": "colwise",
         "o_proj": "rowwise",
     }
+    formats: ClassVar[tuple[int | None, ...]] = (None, FORMAT)  # in which it is stored alike
     tiny_layouts: ClassVar[tuple[dict[str, Any], ...]] = ({"num_key_value_heads": 2},)
 
     # Heads are rotated as the family rotates them, with no frequencies of their own.

@@ -45,10 +45,10 @@ def key_scales(attention, keys, values):
         spread = attention.spread(attention.components(keys))
         whole = whole.index_add(-1, torch.cat((turned, half + turned)), spread)
     norm = attention.k_norm
-    plain = whole / norm.weight.view(-1, attention.head_dim)
+    wide = whole.to(torch.promote_types(whole.dtype, torch.float32))
+    plain = wide / norm.weight.view(-1, attention.head_dim)
     over = (-2, -1) if attention.config.norm_all_heads else (-1,)
-    wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
-    inverse = (wide.square().mean(over, keepdim=True) + norm.variance_epsilon).rsqrt()
+    inverse = (plain.square().mean(over, keepdim=True) + norm.variance_epsilon).rsqrt()
     return inverse.squeeze(-1).unsqueeze(1).to(keys.dtype)
 
 
@@ -61,15 +61,15 @@ def split_scales(values, count: int):
 
 
 def scaled_scores(free, key_bias, scales) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes scores [B, H, T, S] with normalised keys of those with keys as they are cached.
+    """What makes scores [B, H, T, S] with whole keys of those with keys as they are cached.
 
     A constant in a key adds the same to all scores of a query, which softmax would not see, but for
-    the scales.
+    the scales, and for a cap of the scores.
 
     Args:
         free: queries for position-free keys, times the scores' scaling, [B, g, H / g, T, N].
         key_bias: what is constant in position-free keys, [g, N], or None.
-        scales: of the cached keys, [B, g or 1, S].
+        scales: of the cached keys, [B, g or 1, S]; None where they are not normalised.
     """
     constant: Any = 0.0
     if key_bias is not None:
@@ -77,6 +77,7 @@ def scaled_scores(free, key_bias, scales) -> Callable[[torch.Tensor], torch.Tens
 
     def normed(scores):
         scores = scores.unflatten(1, free.shape[1:3]) + constant
-        return (scores * scales[:, :, None, None]).flatten(1, 2)
+        scores = scores if scales is None else scores * scales[:, :, None, None]
+        return scores.flatten(1, 2)
 
     return normed

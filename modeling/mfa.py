@@ -100,7 +100,9 @@ def add_key_head(attention: SharedKeyAttention):
     attention.k_proj = nn.Linear(config.hidden_size, width, bias=config.k_bias)
     if attention.nope_head_dim:
         free, keys = attention.free, groups * attention.nope_head_dim
-        attention.k_b_proj = nn.Linear(free, keys, bias=config.qk_norm)
+        # Elsewhere softmax does not see what is constant in a key.
+        biased = config.qk_norm or config.softcap is not None
+        attention.k_b_proj = nn.Linear(free, keys, bias=biased)
     attention.v_b_proj = nn.Linear(width, groups * attention.v_head_dim, bias=False)
 
 

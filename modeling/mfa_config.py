@@ -10,7 +10,8 @@ class MFAConfigMixin(ConvertedConfigMixin):
 
     `head_dim`, `rope_parameters` and `num_key_value_heads` stay those of the source model: scores
     are scaled by `head_dim ** -0.5`, and `rope_pairs` points into the source's frequencies. Queries
-    and values have the source's width; in layers whose C is below it, they have width C.
+    and values have the source's width; in layers whose C is below it, they have width C, unless
+    they are normalised.
 
     Args:
         mfa_head_dim: Width C of the one key and the one value that are cached; the largest over

@@ -15,8 +15,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
         kv_lora_rank: Width r of the cached latent; the largest over layers where they differ.
         qk_rope_head_dim: Width d_r of the one rotated key all heads share, twice its number of
             components; the largest over layers where they differ.
-        qk_nope_head_dim, v_head_dim: Widths of a head's key and value read from the latent: those
-            of the source, `head_dim`.
+        qk_nope_head_dim, v_head_dim: Widths of a head's key and value: those of the source,
+            `head_dim`. Of a key only the pairs in `layer_resting_pairs` are read from the latent.
         q_lora_rank: Rank of the queries; None for a full query projection.
         kv_lora_rank_per_layer: r of each layer; None where all have `kv_lora_rank`.
         qk_rope_head_dim_per_layer: d_r of each layer, 0 allowed; None where all have

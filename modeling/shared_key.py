@@ -127,7 +127,7 @@ class SharedKeyAttention(LatentAttention):
         # key and one value, the cached row, and nothing as large as the cache is formed or copied.
         free = self.free_query(query).unflatten(1, (groups, -1))
         normed = None
-        if scales is not None:
+        if scales is not None or (key_bias is not None and self.softcap is not None):
             normed = scaled_scores(free * self.scaling, key_bias, scales)
         free = torch.einsum("bgmtn,gnr->bgmtr", free, w_uk).flatten(1, 2)
         tail = query[..., :0]

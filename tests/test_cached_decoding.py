@@ -10,6 +10,7 @@ from pathlib import Path
 
 import folders
 import pytest
+import sources
 import tiny
 import torch
 import transformers
@@ -22,6 +23,7 @@ from rehead.modeling import (
     GQA_CLASSES,
     MFA_CLASSES,
     MLA_CLASSES,
+    LlamaMLAConfig,
     cached_decoding,
 )
 from rehead.modeling.cached_decoding import (
@@ -29,6 +31,8 @@ from rehead.modeling.cached_decoding import (
     cache_argument,
     cache_of,
     check_decoding,
+    decoded,
+    distance,
     newer_than_tested,
 )
 from rehead.modeling.latent_attention import LatentAttention
@@ -320,3 +324,37 @@ def test_other_releases_decode_what_they_compute_whole(which):
         text=True,
     )
     assert done.stdout.split() == [release], done.stderr
+
+
+CAPPED = {
+    "mla": (MLA_CLASSES, tiny.DECOUPLED | dict(kv_b_bias=True)),
+    "mla on read": (MLA_CLASSES, tiny.ROPE_READ | dict(kv_b_bias=True)),
+    "mfa": (MFA_CLASSES, tiny.FACTORED | dict(mfa_head_dim=23)),
+    "mfa-kr": (MFA_CLASSES, tiny.FACTORED | dict(mfa_head_dim=23, key_reuse=True)),
+}
+
+
+@pytest.mark.parametrize("form", CAPPED)
+@torch.no_grad()
+def test_what_is_constant_in_keys_counts_where_scores_are_capped(form, ids):
+    """Softmax does not see it, and the cap before it does: in absorbed steps as in the prompt."""
+    classes, fields = CAPPED[form]
+    config, _, causal_lm = classes["gemma2"]
+    torch.manual_seed(0)
+    given = sources.FAMILIES["gemma2"][2] | fields | dict(attn_logit_softcapping=2.0)
+    model = tiny.fill_biases(causal_lm(config(**given))).eval()
+    biases = [p for n, p in model.named_parameters() if n.endswith("b_proj.bias")]
+    assert len(biases) == 2
+    want = model(ids, use_cache=False)[0]
+    for bias in biases:
+        bias.normal_(0, 2)
+    other = model(ids, use_cache=False)[0]
+    assert distance(want, other) > 1e-2
+    assert distance(decoded(model, ids, (12, 1, 1, 6)), other) < 1e-5
+
+
+def test_gqa_models_of_the_first_format_are_read_and_latents_are_not():
+    (gqa,) = GQA_CLASSES["gpt2"][0].tiny()
+    assert type(gqa)(**gqa.to_dict() | dict(conversion={"form": "gqa"})).conversion
+    with pytest.raises(ValueError, match="format 1, and this rehead reads format 2"):
+        LlamaMLAConfig(**tiny.BASE | tiny.DECOUPLED | dict(conversion={"form": "mla"}))

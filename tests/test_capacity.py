@@ -172,6 +172,8 @@ def test_a_conversion_pays_from_the_context_on_at_which_it_takes_less_memory():
         assert (1100 * 2 + 40 * count <= 1000 * 2 + 100 * count) == smaller
     assert pays_from_tokens(1000, 1100, {"source": 40, "converted": 40}, 2) is None
     assert pays_from_tokens(1000, 900, {"source": 40, "converted": 40}, 2) == 0
+    # A cache that is larger, by what scales keys, takes more in the end.
+    assert pays_from_tokens(1000, 900, {"source": 40, "converted": 41}, 2) is None
 
 
 def test_what_is_offered_says_when_it_pays_and_what_is_exact():

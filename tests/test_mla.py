@@ -671,6 +671,13 @@ def test_normalised_keys_are_exact_at_full_width_and_no_maps(norm, bias, form):
     wanted = attention(maps, x.double())
     for same in (layer, layer.balanced(), layer.stored(x)):
         assert error(attention(same, x.double()), wanted) < 1e-6
+    # A dim that the norm takes away leaves its share of the mean square.
+    weights[1][..., 3] = 0
+    without = replace(maps, k_norm=weights[1])
+    if form == "mla":
+        found = to_mla(without, latent_moments(without, x, draw, False), LayerDims(16, 16))
+        away = error(attention(found, x.double()), attention(without, x.double()))
+        assert away < 1e-3 < error(attention(layer, x.double()), attention(without, x.double()))
     # Without the number, or with that of another head, it is another attention.
     twin = replace(layer, k_norm=None)
     assert error(attention(twin, x.double()), wanted) > 1e-2

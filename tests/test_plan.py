@@ -8,7 +8,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from rehead.converters.budget import Budget
 from rehead.converters.errors import InputError
@@ -208,6 +208,20 @@ def test_explicit_dims_override_the_budget():
     both = budget("on-read", kv_lora_rank=9, qk_rope_head_dim=6)
     assert (both.fixed, both.width) == ([LayerDims(9, 6, on_read=True)] * 3, 9)
     assert budget(share=1.0, kv_lora_rank=4).fixed == [LayerDims(4, 16)] * 3
+
+
+def test_what_scales_keys_is_of_the_budget():
+    """A number for each of two KV heads, but for the whole cache, which it stands beside."""
+    normed = Qwen3Config(**tiny.BASE)
+    for options in ({}, dict(kv_lora_rank=8), dict(qk_rope_head_dim=6)):
+        recipe = Recipe("", "mla", "decoupled", 0.5, "", 0, 0, 0, **options)
+        target = target_of(normed, recipe)
+        dims = target.fixed[0] if target.fixed else target.dims(target.width, 0.3)
+        assert dims.scales == 2 and dims.width <= 16 == target.source // 2
+    whole = target_of(normed, Recipe("", "mla", "decoupled", 1.0, "", 0, 0, 0))
+    assert whole.fixed == [LayerDims(16, 16, scales=2)] * 2 and whole.exact
+    plain = target_of(LlamaConfig(**tiny.BASE), Recipe("", "mla", "decoupled", 0.5, "", 0, 0, 0))
+    assert plain.dims(16, 0.3).scales == 0
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 15, 32])
