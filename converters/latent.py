@@ -89,11 +89,11 @@ class LatentAttention(ABC):
     def read(
         self, x: Float[Tensor, "B T D"]
     ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T G K"], Float[Tensor, "B T G V"]]:
-        """What `expand` gives, by way of the latent."""
+        """Queries, keys and values of `expand`, computed through the latent."""
 
     @abstractmethod
     def query_layout(self) -> Float[Tensor, "H K E"]:
-        """What takes the queries that are stored to those of `expand`, head by head."""
+        """The map from a head's stored query to its query in `expand`, head by head."""
 
     @abstractmethod
     def own_tensors(self, rope_factor: float) -> dict[str, Tensor | None]:
@@ -202,7 +202,7 @@ class SharedKeyAttention(LatentAttention):
         return multiplied(resting, self.phase), turned
 
     def spread(self, shared: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch G W"]:
-        """What the components are of every KV head's key, by frequency."""
+        """Rotated components summed into every KV head's key, by frequency."""
         matrix = spreading(self.synthesis, self.rope_pairs, self.turned)
         return linear(shared, matrix.flatten(0, 1)).unflatten(-1, matrix.shape[:2])
 
@@ -220,7 +220,7 @@ class SharedKeyAttention(LatentAttention):
     def key_scales(
         self, keys: Float[Tensor, "*batch G N"], spread: Float[Tensor, "*batch G W"]
     ) -> Float[Tensor, "*batch G"]:
-        """What the norm multiplies each KV head's key with, beside its weight, which is in it.
+        """The inverse RMS of each KV head's key. The norm's weight is part of the key map.
 
         It is a number that a token leaves in the cache for each KV head, or one for all.
         """
@@ -357,7 +357,7 @@ def rest_bias(
     keys: Float[Tensor, "G N D"],
     mean: Float[Tensor, " D"],
 ) -> Float[Tensor, "G N"] | None:
-    """What is constant in position-free keys, where a norm or a cap of scores makes it matter.
+    """The constant part of position-free keys, where a norm or a cap of scores makes it matter.
 
     It shifts all scores of a query alike, which softmax does not see otherwise: then None.
 

@@ -127,7 +127,7 @@ class AttentionMaps:
         return q, k, project(x, self.v, self.v_bias)
 
     def key_scales(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch G"]:
-        """What the norm multiplies each KV head's key with, beside its weight; 1 without a norm."""
+        """The inverse RMS of each KV head's key before its norm; 1 without a norm."""
         keys = project(x, self.k, self.k_bias)
         if self.k_norm is None:
             return torch.ones_like(keys[..., 0])
@@ -228,7 +228,7 @@ def inverse_rms(
     weight: Float[Tensor, " E"] | Float[Tensor, "H E"],
     eps: float,
 ) -> Float[Tensor, "*batch H"]:
-    """What an RMS norm multiplies z with, beside its weight: one number a head, or one for all."""
+    """The inverse RMS of z: one number a head, or one for all heads."""
     dims = tuple(range(-weight.dim(), 0))
     inverse = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
     return inverse[..., 0].expand(z.shape[:-1])

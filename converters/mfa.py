@@ -60,7 +60,7 @@ class MFADims:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyHeadAttention(SharedKeyAttention):
-    """What a layer of MFA and of MFA-KR has in common.
+    """A layer with one cached key head, with the source's queries.
 
     Args:
         k: the key head [position-free | rotated real parts | rotated imaginary parts].
@@ -103,7 +103,7 @@ class KeyHeadAttention(SharedKeyAttention):
         return ValueReader(self, wide, self.o_bias, self.scaling, self.window, self.softcap)
 
     def key_scale(self) -> Float[Tensor, " C"]:
-        """What evens the key head's dims between what makes and what reads them."""
+        """Factors that make the key head as large where it is made as where it is read."""
         made, read = size(self.k[: self.free], -1), size(self.k_b.flatten(0, 1), 0)
         return torch.cat([evening(made, read), self._component_sizes().repeat(2)])
 
@@ -203,7 +203,7 @@ class MFA(KeyHeadAttention):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyHeadRows(LatentAttention):
-    """What a layer of MFA and of MFA-KR has in common where every head has rows of width C.
+    """A layer with one cached key head, with a query row of width C for every head.
 
     `q` is per head [position-free | rotated real parts | rotated imaginary parts], of width C, and
     `o` reads the value head.
@@ -262,7 +262,7 @@ class KeyHeadRows(LatentAttention):
         return half_layout(self.free, len(self.rope_pairs))
 
     def key_scale(self) -> Float[Tensor, " C"]:
-        """What evens the key head's dims between what makes them and the queries."""
+        """Factors that make the key head's dims as large where they are made as in the queries."""
         made, read, free = size(self.k, -1), size(self.q, (0, 2)), self.free
         rotated = evening(paired(made[free:]), paired(read[free:]))
         return torch.cat([evening(made[:free], read[:free]), rotated])

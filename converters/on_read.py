@@ -36,7 +36,7 @@ LEAST_ENERGY = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class LatentKeyAttention(SharedKeyAttention):
-    """What a layer has whose rotated key is read from its latent.
+    """A layer whose rotated key is read from its latent: what its two states share.
 
     Args:
         kv_a: what makes the latent.
@@ -268,7 +268,7 @@ def with_key_last(
 
 
 def on_parts(matrix: Tensor) -> Float[Tensor, "R R"]:
-    """What a complex matrix [n, n] does to [real parts | imaginary parts]."""
+    """The real matrix that multiplies [real parts | imaginary parts] as a complex one does."""
     real, imag = matrix.real, matrix.imag
     return torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)])
 

@@ -26,7 +26,7 @@ from .rope_split import output_bias
 
 @dataclass(frozen=True, kw_only=True)
 class FormedKeyAttention(LatentAttention):
-    """What a layer has whose keys are formed and turned whole.
+    """A layer whose keys are formed and turned whole: what its two kinds share.
 
     Args:
         kv_b: per KV head [key | value], from what is cached.
@@ -37,7 +37,7 @@ class FormedKeyAttention(LatentAttention):
     rope_pairs: tuple[int, ...] = ()
 
     def latent(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch r"]:
-        """What a token leaves in the cache."""
+        """The row that a token leaves in the cache."""
         raise NotImplementedError
 
     @property

@@ -125,7 +125,7 @@ class ConvertedConfigMixin(PreTrainedConfig):
 
     @property
     def softcap(self) -> float | None:
-        """What scores are capped by; None for nothing."""
+        """The cap of attention scores; None where scores are not capped."""
         return self.attn_logit_softcapping if self.caps_scores else None
 
     @property

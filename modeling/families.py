@@ -39,7 +39,7 @@ Classes = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedMo
 
 @dataclass(frozen=True)
 class Family:
-    """What the classes of one family need to know of transformers' own.
+    """The facts about one family's classes in transformers that its converted classes need.
 
     Args:
         prefix: what the classes' names begin with.
@@ -67,7 +67,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Form:
-    """What the classes of one form of attention are made of.
+    """The parts that the classes of one form of attention are made of.
 
     Args:
         config: the form's configuration fields.
@@ -212,7 +212,7 @@ def _make(model_type: str, form_name: str) -> dict[str, Any]:
 
 
 def _config_attributes(family: Family, source: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What a family's converted configs have in their class bodies, whatever the form."""
+    """Class attributes that all converted configs of a family share."""
     attributes: dict[str, Any] = {
         "attention_name": family.attention_name,
         "partial_rotary": family.partial_rotary,

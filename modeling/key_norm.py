@@ -31,7 +31,7 @@ def normalised(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def key_scales(attention, keys, values):
-    """What the norm multiplies keys with beside its weight, [B, 1, T, g], or 1 for all heads.
+    """The inverse RMS of the keys of new tokens, [B, 1, T, g], or one number for all heads.
 
     Args:
         attention: of shared keys.
@@ -61,7 +61,7 @@ def split_scales(values, count: int):
 
 
 def scaled_scores(free, key_bias, scales) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes scores [B, H, T, S] with whole keys of those with keys as they are cached.
+    """A function from scores against cached keys to scores [B, H, T, S] against whole keys.
 
     A constant in a key adds the same to all scores of a query, which softmax would not see, but for
     the scales, and for a cap of the scores.

@@ -80,7 +80,7 @@ class LatentAttention(ConvertedAttention):
         return query.transpose(1, 2)
 
     def cached(self, hidden_states, position_embeddings):
-        """What the cache holds of new tokens, as keys and values [B, 1, T, ...]."""
+        """The cache's rows for new tokens, as keys and values [B, 1, T, ...]."""
         raise NotImplementedError
 
     def expanded(self, query, keys, values, rotation):

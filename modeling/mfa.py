@@ -116,7 +116,7 @@ def read_heads(attention: SharedKeyAttention, keys, values):
 
 
 def head_readers(attention: SharedKeyAttention):
-    """What reads keys and values of the KV heads from the cached ones."""
+    """The linear layers from the cached heads to the KV heads' keys and values."""
     if attention.nope_head_dim:
         yield attention.k_b_proj
     yield attention.v_b_proj

@@ -57,11 +57,11 @@ class SharedKeyAttention(LatentAttention):
         return self.config.layer_resting_pairs(self.layer_idx), turned
 
     def rows(self, hidden_states):
-        """What is cached of new tokens, as keys and values [B, 1, T, ...], before it is turned."""
+        """The cache's rows for new tokens before rotation, keys and values [B, 1, T, ...]."""
         raise NotImplementedError
 
     def position_free(self, keys, values):
-        """What rests of keys, [B, S, g, N], and values [B, S, g, V]."""
+        """Position-free keys [B, S, g, N] and values [B, S, g, V], from cached rows."""
         raise NotImplementedError
 
     def components(self, keys):
@@ -161,7 +161,7 @@ class SharedKeyAttention(LatentAttention):
         raise NotImplementedError
 
     def spread(self, shared):
-        """What components [B, 1, S, 2 n] are of each KV head's key, [B, S, g, 2 U]."""
+        """Rotated components [B, 1, S, 2 n] summed into each KV head's key, [B, S, g, 2 U]."""
         rows = spreading(local(self.k_synthesis), self.rope_index, self.turned)
         spread = nn.functional.linear(shared.squeeze(1), rows)
         return spread.unflatten(-1, (-1, 2 * len(self.turned)))

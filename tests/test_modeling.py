@@ -215,6 +215,9 @@ def test_another_format_is_refused_by_both_numbers(form, conversion, tmp_path):
     """Tensors of another layout would be read as this one's, or as missing."""
     config_class = CLASSES[form]["gpt_neox"][0]
     config = config_class.tiny()[0]
+    if form.lower() == "gqa" and "format" not in conversion:  # whose layout never changed
+        assert config_class(**config.to_dict() | dict(conversion=conversion)).conversion is not None
+        return
     found = conversion.get("format", 1)
     with pytest.raises(ValueError, match=f"format {found}, .*format 2") as told:
         config_class(**config.to_dict() | dict(conversion=conversion))
