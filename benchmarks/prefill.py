@@ -1,4 +1,4 @@
-"""What a prompt costs to read, and a sequence to train on, against its length.
+"""Time and memory of reading a prompt, and of training on a sequence, against its length.
 
     python benchmarks/prefill.py run HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2 --budget 25
     python benchmarks/prefill.py run mha-32x64 --name mha-32x64 --budget 12.5 --backward
@@ -30,7 +30,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or mha-32x64.")],
-    name: Annotated[str, typer.Option(help="Of the results file.")],
+    name: Annotated[str, typer.Option(help="Name of the results file.")],
     budget: Annotated[float, typer.Option(help="Per cent of the cache.")] = 25,
     kinds: str = "original,decoupled,on-read,mfa,mfa-kr",
     lengths: str = "1024,4096,8192",

@@ -10,6 +10,7 @@ of their own. Where C is below the head's width, rows of width C are the smaller
 Letters: as in `latent`, and C width of the key head, F = C - R position-free directions in it.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -84,11 +85,11 @@ class KeyHeadAttention(SharedKeyAttention):
         """Position-free dims of the key head."""
         return self.k_b.shape[2]
 
+    @abstractmethod
     def value_head(
         self, x: Float[Tensor, "*batch D"], key: Float[Tensor, "*batch C"]
     ) -> Float[Tensor, "*batch C"]:
         """The one value head, from the inputs or from the unturned key head."""
-        raise NotImplementedError
 
     def keys_and_values(self, x):
         key = linear(x, self.k, self.k_bias)
@@ -221,11 +222,11 @@ class KeyHeadRows(LatentAttention):
     def free(self) -> int:
         return self.head_dim - 2 * len(self.rope_pairs)
 
+    @abstractmethod
     def value_head(
         self, x: Float[Tensor, "*batch D"], key: Float[Tensor, "*batch C"]
     ) -> Float[Tensor, "*batch C"]:
         """The one value head, from the inputs or from the unturned key head."""
-        raise NotImplementedError
 
     def read(self, x):
         key = linear(x, self.k, self.k_bias)

@@ -1,4 +1,4 @@
-"""What the calibration text says about one layer, for every layout of latent attention."""
+"""Statistics of one layer on the calibration text, for every layout of latent attention."""
 
 from dataclasses import dataclass
 

@@ -6,6 +6,7 @@ so the latent is written in a basis whose last dims are the rotated key.
 Letters: as in `latent`, and r latent rank.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -50,9 +51,9 @@ class LatentKeyAttention(SharedKeyAttention):
     kv_a_bias: Float[Tensor, " r"] | None = None
     kv_b_bias: Float[Tensor, "G B"] | None = None
 
+    @abstractmethod
     def shared_key(self, latent: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch R"]:
         """The rotated key before it is turned, real parts then imaginary parts."""
-        raise NotImplementedError
 
     @property
     def cache_width(self) -> int:

@@ -143,7 +143,7 @@ class LayerStream:
                 module.to("meta")
 
     def _decode(self, module: nn.Module, layer: int, count: int) -> Float[Tensor, "T D"]:
-        """What attention gives for the first sequence's last tokens, through a cache."""
+        """The attention's output for the first sequence's last tokens, computed through a cache."""
         assert self.hidden is not None
         hidden = self.hidden[:1].to(self.device)
         prompt = hidden.shape[1] - count

@@ -151,7 +151,7 @@ class Target(ABC):
         return dims.named()
 
     def asked(self, maps: AttentionMaps, moments: Any) -> Any:
-        """What `shared` asks of a layer."""
+        """Facts about one layer that `shared` needs of all layers; None where it needs none."""
         return None
 
     def shared(self, dims: list[Any], asked: Sequence[Any]) -> list[Any]:

@@ -6,6 +6,7 @@ the source's own rotation.
 Letters: as in `latent`, and r latent rank.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,9 +37,9 @@ class FormedKeyAttention(LatentAttention):
     kv_b_bias: Float[Tensor, "G B"] | None = None
     rope_pairs: tuple[int, ...] = ()
 
+    @abstractmethod
     def latent(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch r"]:
         """The row that a token leaves in the cache."""
-        raise NotImplementedError
 
     @property
     def cache_width(self) -> int:

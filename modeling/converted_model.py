@@ -28,7 +28,7 @@ class ConvertedModelMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As transformers' own.
+        """Loads the model as transformers does, after a check of newer libraries.
 
         Raises:
             WrongDecoding: with the installed libraries, newer than tested, a cache is not used.
