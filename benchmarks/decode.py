@@ -63,7 +63,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or mha-32x64.")],
-    name: Annotated[str, typer.Option(help="Of the results file.")],
+    name: Annotated[str, typer.Option(help="The results file's name.")],
     budget: Annotated[float, typer.Option(help="Per cent of the cache.")] = 25,
     kinds: str = KINDS,
     contexts: str = "1024,4096,16384",

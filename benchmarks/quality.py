@@ -37,7 +37,7 @@ def run(
     model: str,
     calibration: Annotated[str, typer.Option()],
     text: Annotated[str, typer.Option()],
-    name: Annotated[str, typer.Option(help="Of the results file.")],
+    name: Annotated[str, typer.Option(help="The results file's name.")],
     forms: str = "mla",
     ropes: str = "decoupled",
     budgets: str = "75,50,33,25",

@@ -47,7 +47,7 @@ def run(
     checkpoints: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each checkpoint.")],
     data: Annotated[str, typer.Option()],
     eval_text: Annotated[str, typer.Option()],
-    name: Annotated[str, typer.Option(help="Of the results file.")],
+    name: Annotated[str, typer.Option(help="The results file's name.")],
     tokens: int = 1_000_000,
     eval_windows: int = 64,
     methods: str = ";".join(METHODS),

@@ -8,6 +8,7 @@ B batch, T query tokens, S tokens in the cache, H query heads, g KV heads, E the
 V v_head_dim.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,7 @@ from .key_norm import normalised
 from .rope_slots import Rotation, SlotAngles
 
 
-class LatentAttention(ConvertedAttention):
+class LatentAttention(ConvertedAttention, ABC):
     """Queries of the source's width over what a layout caches.
 
     A layout is a subclass with `cached`, `expanded`, `absorbed`, `absorbs` and `readers`.
@@ -79,21 +80,21 @@ class LatentAttention(ConvertedAttention):
             query = normalised(self.q_norm, query)
         return query.transpose(1, 2)
 
+    @abstractmethod
     def cached(self, hidden_states, position_embeddings):
         """The cache's rows for new tokens, as keys and values [B, 1, T, ...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expanded(self, query, keys, values, rotation):
         """Query [B, H, T, K], key [B, g, S, K] and value [B, g, S, V] for an attention function."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absorbed(self, query, keys, values, mask, rotation):
         """Attention [B, T, H, V] with every head's query against the cache itself, and weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absorbs(self, length: int, total: int) -> bool:
         """Whether absorbed attention of T query tokens over S cached ones is the cheaper."""
-        raise NotImplementedError
 
     def readers(self) -> Iterator[nn.Module]:
         """The linear layers that absorbed attention folds into queries and outputs."""

@@ -4,6 +4,8 @@ Letters as in `latent_attention`, n rotated components, U their different freque
 position-free dims of a key.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -56,35 +58,35 @@ class SharedKeyAttention(LatentAttention):
         turned = sorted(set(self.config.layer_rope_pairs(self.layer_idx)))
         return self.config.layer_resting_pairs(self.layer_idx), turned
 
+    @abstractmethod
     def rows(self, hidden_states):
         """The cache's rows for new tokens before rotation, keys and values [B, 1, T, ...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def position_free(self, keys, values):
         """Position-free keys [B, S, g, N] and values [B, S, g, V], from cached rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def components(self, keys):
         """The rotated components of what is cached, [B, 1, S, 2 n], turned if they are cached so.
 
         Real parts, then imaginary parts.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self):
         """W_uk [g, N, k] of position-free keys and W_uv [g, V, r] of values, from what is cached.
 
         And the bias of each, [g, N] and [g, V], or None.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, free, tail, keys, values, mask, rotation, normed):
         """The mixture [B, H, T, r] of cached rows by absorbed queries, and weights.
 
         `free` [B, H, T, k] reads what W_uk reads, `tail` [B, H, T, 2 n] is turned and reads the
         components. `normed` makes of scores what they are with normalised keys; None without.
         """
-        raise NotImplementedError
 
     def free_query(self, query):
         """Queries [B, H, T, N] for what rests of keys."""
@@ -156,9 +158,9 @@ class SharedKeyAttention(LatentAttention):
         expanded = total * groups * (forming + rotated * turned) + queries * total * 2 * width
         return queries * (forming + total * (w_uk + w_uv + rotated)) < expanded
 
+    @abstractmethod
     def widths(self) -> tuple[int, int]:
         """How many cached numbers W_uk and W_uv read."""
-        raise NotImplementedError
 
     def spread(self, shared):
         """Rotated components [B, 1, S, 2 n] summed into each KV head's key, [B, S, g, 2 U]."""
