@@ -112,6 +112,24 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = "decoupled",
+    kv_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="MLA: bits of a cached number: auto, by what each matters; 8 or 4 for all that "
+            "are kept; or 16.",
+            autocompletion=completing("auto", "16", "8", "4"),
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    exact_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="First tokens of a sequence that keep 16 bits in a coded cache. "
+            "[dim]Default: 4.[/]",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     uniform_rank: Annotated[
         bool,
         typer.Option(
@@ -245,6 +263,8 @@ def convert(
                 pooling=pooling,
                 head_dim=head_dim,
                 share_q_dim=share_q_dim,
+                kv_bits=kv_bits,
+                exact_tokens=exact_tokens,
                 progress=progress,
             )
             if not first_process():

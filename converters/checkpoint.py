@@ -267,19 +267,20 @@ def _checked(source: Source) -> Source:
     for target, origin in dict(model.all_tied_weights_keys).items():
         # A tied pair may be stored under either name or under both.
         expected.pop(origin if target in source and origin not in source else target)
-    renames = get_checkpoint_conversion_mapping(type(model).__name__) or []
-    _compare(replace(source, entries=_renamed(source.entries, renames)), expected)
+    _compare(renamed(source, type(model).__name__), expected)
     return source
 
 
-def _renamed(entries: Mapping[str, Entry], renames: Iterable[Any]) -> dict[str, Entry]:
-    """The entries by the names that transformers loads them under."""
+def renamed(source: Source, model_class: str) -> Source:
+    """The source with its tensors by the names that transformers loads them under."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     found = {}
-    for name, entry in entries.items():
-        for rename in renames:
+    for name, entry in source.entries.items():
+        for rename in get_checkpoint_conversion_mapping(model_class) or []:
             name = re.sub(rename.source_patterns[0], rename.target_patterns[0], name)
         found[name] = entry
-    return found
+    return replace(source, entries=found)
 
 
 def _compare(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:

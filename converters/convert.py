@@ -4,6 +4,7 @@ Letters: N sequences, T tokens in each, D hidden size.
 """
 
 import hashlib
+import math
 import tempfile
 import time
 from collections import Counter
@@ -27,10 +28,10 @@ from .inspection import attention_parameters, config_of_dims, pays_from_tokens
 from .job import Job, Progress, cast
 from .memory import peak_rss_bytes
 from .model_card import model_card
-from .plan import parse_budget
+from .plan import parse_bits, parse_budget
 from .processes import Processes
 from .recipe import Conversion, LayerReport, Recipe, odd_layers
-from .targets import ROPES, TARGETS, Target, target_of
+from .targets import ROPES, TARGETS, Dims, Target, target_of
 from .text import default_calibration_text, read_text, windows
 from .work import work_folder
 from .writer import Writer, check_output
@@ -43,6 +44,8 @@ HEALING_SEQUENCES = 100
 SEQUENCE_LENGTH = 1024
 DEFAULT_TEXT = "default"
 HEALING_STEPS = 100
+# First tokens of a sequence that stay whole in a coded cache.
+EXACT_TOKENS = 4
 
 
 def convert(
@@ -71,6 +74,8 @@ def convert(
     pooling: str | None = None,
     head_dim: int | None = None,
     share_q_dim: int | None = None,
+    kv_bits: str | int | None = None,
+    exact_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Converts a checkpoint's attention and writes a Hugging Face folder.
@@ -100,6 +105,9 @@ def convert(
         q_lora_rank: give MLA's queries a low rank too.
         pooling: of GQA and MQA, "aligned" (None) or "mean".
         share_q_dim: width of MFA's shared query projection; None for what the error allows.
+        kv_bits: the bits of MLA's cached numbers: "auto" to deal them out by what each number
+            matters, 8 or 4 for all that are kept, 16 to code none.
+        exact_tokens: how many first tokens of a sequence keep 16 bits in a coded cache.
         resume: go on with what an interrupted run of the same recipe has left beside the output.
         progress: called as progress(stage, done, total, info).
 
@@ -130,6 +138,8 @@ def convert(
             pooling=pooling,
             head_dim=head_dim,
             share_q_dim=share_q_dim,
+            kv_bits=parse_bits(kv_bits),
+            exact_tokens=EXACT_TOKENS if exact_tokens is None else exact_tokens,
             uniform=uniform_rank or native or preset == "engine",
             native=native or preset == "engine",
             preset=preset,
@@ -147,23 +157,23 @@ def convert(
     progress = progress if progress and processes.first else _silent
     job = Job(source, family, recipe, target, where, progress, processes)
 
-    def result(folder: Path | None, widths: list[int], layers: list[LayerReport]) -> Conversion:
+    def result(folder: Path | None, dims: Sequence[Dims], layers: list[LayerReport]) -> Conversion:
         scale = stored_dtype.itemsize
         before, after = (
             sum(counts)
             for counts in zip(*(layer.parameters or (0, 0) for layer in layers), strict=True)
         )
         if folder is None:  # no layer was made
-            planned = config_of_dims(target, [layer.dims for layer in layers])
+            planned = config_of_dims(target, dims)
             before, after = attention_parameters(source.config), attention_parameters(planned)
         kv_bytes = {
             "source": target.source * job.layers * scale,
-            "converted": sum(widths) * scale,
+            "converted": math.ceil(sum(dim.bytes(scale) for dim in dims)),
         }
         return Conversion(
             output=folder,
             form=to,
-            kv_budget=sum(widths) / (target.source * job.layers),
+            kv_budget=sum(dim.width for dim in dims) / (target.source * job.layers),
             kv_bytes_per_token=kv_bytes,
             attention_parameters={"source": before, "converted": after},
             pays_from_tokens=pays_from_tokens(before, after, kv_bytes, scale),
@@ -179,7 +189,7 @@ def convert(
         with processes.scratch() as scratch:
             dims = job.survey(tokens, scratch)
         planned = [LayerReport(i, dim.named()) for i, dim in enumerate(dims)]
-        return result(None, [dim.width for dim in dims], planned)
+        return result(None, dims, planned)
     place = output.with_name(f".{output.name}.work")
     if not processes.first:
         processes.wait()  # until the folder is there
@@ -204,16 +214,15 @@ def convert(
         processes.wait()
         dims = job.survey(tokens, work)
         job.fit(tokens, dims, work, stored_dtype, copy)
-        widths = [dim.width for dim in dims]
         layers, biases = job.write(tokens, dims, work, writer, stored_dtype, copy)
         config = converted_config(target, recipe, layers, biases, stored_dtype)
         config.save_pretrained(writer.folder)
         copy_side_files(source, writer.folder)
         writer.close()
         job.verify(writer.folder, work, tokens, stored_dtype)
-        card = model_card(result(output, widths, layers), source.config)
+        card = model_card(result(output, dims, layers), source.config)
         writer.finish({"README.md": card})
-    return processes.of_first(result(output, widths, layers))
+    return processes.of_first(result(output, dims, layers))
 
 
 def plan(model: str, *, to: str = "mla", **options: Any) -> Conversion:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from .coded import CodedDims
 from .errors import InputError
 from .families import FAMILIES, family_of
 from .recipe import LayerReport, Recipe
-from .targets import ROPES, TARGETS, MFATarget, Target, target_of
+from .targets import ROPES, TARGETS, Dims, MFATarget, Target, target_of
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
 
@@ -115,8 +116,9 @@ def _offer(config: PretrainedConfig, form: str, rope: str, share: float) -> Offe
         return Offer(form, share, rope, refused=str(error))
     dims = _mean_dims(target)
     named = dims.named()
-    size = dims.width * config.num_hidden_layers * (config.dtype or torch.float32).itemsize
-    share, converted = dims.width / target.source, _config(target, named)
+    size = config.num_hidden_layers * dims.bytes((config.dtype or torch.float32).itemsize)
+    share = dims.width / target.source
+    converted = config_of_dims(target, [dims] * config.num_hidden_layers)
     return Offer(form, share, rope, named, size, converted, exact=target.exact)
 
 
@@ -126,19 +128,16 @@ def _mean_dims(target: Target) -> Any:
     return target.dims(target.width, sorted(target.splits)[(len(target.splits) - 1) // 2])
 
 
-def _config(target: Target, dims: dict[str, int]) -> PretrainedConfig:
-    """The config of a model whose layers all have these dims."""
-    return config_of_dims(target, [dims] * target.config.num_hidden_layers)
-
-
-def config_of_dims(target: Target, layers: Sequence[dict[str, int]]) -> PretrainedConfig:
+def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:
     """The config of a model of which only each layer's dims are known, with pairs made up."""
     source, reports = target.config, []
-    for layer, dims in enumerate(layers):
+    for layer, dim in enumerate(layers):
+        dims = dim.named()
         if isinstance(target, MFATarget):
             dims = {"share_q_dim": 0} | dims
         count = dims.get("qk_rope_head_dim", 0) // 2
         pairs = tuple(index % (target.head_dim // 2) for index in range(count))
-        reports.append(LayerReport(layer, dims, pairs))
+        code = (dim.keys, dim.values) if isinstance(dim, CodedDims) else None
+        reports.append(LayerReport(layer, dims, pairs, code=code))
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
     return target.config_of(reports, fields)

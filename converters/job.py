@@ -16,8 +16,10 @@ from .activations import Activations
 from .calibration import in_precision
 from .checkpoint import Source
 from .clock import Clock
+from .coded import CodedDims
 from .errors import InputError
 from .families import Family
+from .fisher import fisher_moments
 from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error, reader_in
 from .maps import AttentionMaps, attention
 from .memory import release
@@ -84,15 +86,42 @@ class Job:
         for name in self.source.names():
             if not name.startswith(f"{self.family.layers}."):
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
+        files = [_moments_file(work, layer) for layer in range(self.layers)]
+        if self.target.asks_model:
+            self._survey_model(tokens[:SURVEY_SEQUENCES], work, files)
+            self.processes.wait()
+            return self.processes.of_first(self._dims(files) if self.processes.first else None)
         # What moments and choices take from the text is coarser than bfloat16.
         stream = self._stream(tokens[:SURVEY_SEQUENCES], self.dtype == torch.bfloat16)
-        files = [_moments_file(work, layer) for layer in range(self.layers)]
         for layer, file in enumerate(files):
             self._survey_layer(stream, layer, file)
             release()
             self.progress("survey", layer + 1, self.layers, {})
         self.processes.wait()
         return self.processes.of_first(self._dims(files) if self.processes.first else None)
+
+    def _survey_model(self, tokens: Tensor, work: Path, files: list[Path]) -> None:
+        """Every layer's moments from one pass through the whole model and back.
+
+        The pass goes through one layer after the other, so one process makes it.
+        """
+        if not self.processes.first or all(file.exists() for file in files):
+            return
+        found = fisher_moments(
+            self.source,
+            self.family,
+            tokens,
+            work,
+            torch.Generator().manual_seed(self.recipe.seed),
+            device=self.device,
+            clock=self.clock,
+            progress=self.progress,
+            skip=self.recipe.exact_tokens,
+        )
+        for layer, maps, moments in found:
+            with self.clock("statistics"):
+                asked = self.target.asked(maps.to(self.precision), moments)
+            save(files[layer], {"moments": moments, "curve": {}, "share": 0.0, "asked": asked})
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:
         """Moves the stream on by a layer, and keeps what is not known of it yet."""
@@ -146,6 +175,8 @@ class Job:
         """Every layer's, from all surveys."""
         surveys = [load(file, torch.device("cpu")) for file in files]  # moments stay on disk
         curves, shares, asked = ([s[key] for s in surveys] for key in ("curve", "share", "asked"))
+        if self.target.asks_model:
+            return self.target.shared([], asked)
         dims = list(self.target.fixed or self._spend(curves, shares))
         return self.target.shared(dims, asked)
 
@@ -266,6 +297,7 @@ class Job:
                         error,
                         parameters,
                         len(form.inv_freq),
+                        (dim.keys, dim.values) if isinstance(dim, CodedDims) else None,
                         getattr(form, "energy", ()),
                     )
                 )

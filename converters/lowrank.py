@@ -33,15 +33,15 @@ class Factors:
 def square_roots(
     moment: Float[Tensor, "N N"], floor: float = FLOOR
 ) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N N"]]:
-    """(S, S^-1) with S symmetric and S S = moment, its spectrum floored."""
-    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    """(S, S^-1) with S Hermitian and S S = moment, its spectrum floored."""
+    values, vectors = torch.linalg.eigh((moment + moment.mH) / 2)
     if (
         values[-1] * floor <= torch.finfo(values.dtype).tiny
     ):  # no data: every direction counts alike
         eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         return eye, eye.clone()
     root = values.clamp_min(values[-1] * floor).sqrt()
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+    return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
 
 def weighted_svd(

@@ -55,6 +55,9 @@ class MFADims:
     def width(self) -> int:
         return (self.head_dim if self.key_reuse else 2 * self.head_dim) + self.scales
 
+    def bytes(self, itemsize: int) -> int:
+        return self.width * itemsize
+
     def named(self) -> dict[str, int]:
         return {"head_dim": self.head_dim, "qk_rope_head_dim": self.qk_rope_head_dim}
 

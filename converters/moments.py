@@ -33,6 +33,29 @@ class LatentMoments:
     rope_on_read: bool = False
 
 
+@dataclass(frozen=True)
+class CodingMoments:
+    """What coding a layer's keys and values with few bits needs to know of them.
+
+    A token's M = G E + G V numbers are stacked as [keys of all KV heads | values of all KV heads].
+    Keys are those before their norm and their rotation, a head's dims in the order of
+    `AttentionMaps`. All numbers are maps of the layer's input.
+
+    Args:
+        importance: mean over tokens of g g^T, for g the gradient of the model's log-likelihood with
+            respect to a token's numbers. The log-likelihood, in nats, is summed over the tokens of
+            a sequence, and its labels are drawn from the model: this is the true Fisher
+            information. A small error e of one token's numbers adds e^T importance e / 2 to the KL
+            divergence from the model's predictions.
+        covariance: of the layer's input, over tokens.
+        mean: of the layer's input, over tokens.
+    """
+
+    importance: Float[Tensor, "M M"]
+    covariance: Float[Tensor, "D D"]
+    mean: Float[Tensor, " D"]
+
+
 def latent_moments(
     maps: AttentionMaps,
     x: Float[Tensor, "N T D"],

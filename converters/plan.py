@@ -21,6 +21,10 @@ READ_SPLITS = (1 / 4, 1 / 3, 1 / 2, 2 / 3)
 READ_MARGIN = 1.1
 
 
+# What a cached number may have: "auto" deals out 0 to 8 bits, 16 codes none.
+KV_BITS = ("auto", "16", "8", "4")
+
+
 @dataclass(frozen=True)
 class LayerDims:
     """One layer's cache: a latent of `kv_lora_rank` and `qk_rope_head_dim` rotated dims.
@@ -42,6 +46,10 @@ class LayerDims:
         rotated = 0 if self.on_read else self.qk_rope_head_dim
         return self.kv_lora_rank + rotated + self.scales
 
+    def bytes(self, itemsize: int) -> int:
+        """Bytes cached per token, with numbers of so many each."""
+        return self.width * itemsize
+
     def named(self) -> dict[str, int]:
         """The dims by the config's names."""
         return {"kv_lora_rank": self.kv_lora_rank, "qk_rope_head_dim": self.qk_rope_head_dim}
@@ -62,6 +70,18 @@ def parse_budget(budget: float | str) -> float:
         hint = f" Did you mean {text}%?" if 1 < share <= 100 and "%" not in text else ""
         raise InputError(f"--kv-budget {text} must be above 0% and at most 100%.{hint}")
     return share
+
+
+def parse_bits(bits: str | int | None) -> str:
+    """The bits of a cached number: "auto", "16", "8" or "4".
+
+    Raises:
+        InputError: it is none of them.
+    """
+    text = "16" if bits is None else str(bits).strip()
+    if text not in KV_BITS:
+        raise InputError(f"--kv-bits {text} is unknown. Use {', '.join(KV_BITS)}.")
+    return text
 
 
 def split_width(width: int, share: float, most_rotated: int, most_rank: int) -> LayerDims:

@@ -23,6 +23,8 @@ class Recipe:
     samples: int
     heal: int
     seed: int
+    kv_bits: str = "16"
+    exact_tokens: int = 4
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     q_lora_rank: int | None = None
@@ -44,6 +46,7 @@ class LayerReport:
         closed_form_error: before anything is fitted beyond the moments.
         parameters: of the source's attention and the converted one.
         pairs: how many frequencies the source has, which `rope_pairs` are indices of.
+        code: how many channels of keys, and of values, have 8, 4 and 2 bits, where they are coded.
         energy: the weighted squared error that leaving out each direction of the latent adds, by
             falling importance; those that were left out are the last.
     """
@@ -55,6 +58,7 @@ class LayerReport:
     error: float | None = None
     parameters: tuple[int, int] | None = None
     pairs: int = 0
+    code: tuple[tuple[int, int, int], ...] | None = None
     energy: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -230,10 +230,7 @@ class LayerStream:
             yield slice(start, start + step)
 
     def _embed(self) -> Float[Tensor, "N T D"]:
-        base = self.skeleton.base_model
-        module = base.get_input_embeddings()
-        name = next(n for n, m in self.skeleton.named_modules() if m is module)
-        table = self.source.tensor(self._stored(f"{name}.weight"))
+        table = self.source.tensor(self._stored(self._embeddings(), self.source))
         hidden = nn.functional.embedding(self.tokens, table).float()
         hidden *= self.family.embed_scale(self.source.config)
         if self.family.positions is not None:
@@ -242,15 +239,20 @@ class LayerStream:
             hidden += table[first : first + hidden.shape[1]]
         return hidden
 
-    def _stored(self, name: str) -> str:
+    def _embeddings(self) -> str:
+        """The name of the table of embeddings."""
+        module = self.skeleton.base_model.get_input_embeddings()
+        return next(f"{n}.weight" for n, m in self.skeleton.named_modules() if m is module)
+
+    def _stored(self, name: str, source: Source) -> str:
         """A tied pair may be stored under either name."""
-        if name in self.source:
+        if name in source:
             return name
         return next(
             other
             for pair in self.skeleton.all_tied_weights_keys.items()
             for other in pair
-            if name in pair and other in self.source
+            if name in pair and other in source
         )
 
     def _load(self, module: nn.Module, layer: int) -> nn.Module:

@@ -13,6 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .. import modeling
 from .budget import Budget, key_scales
+from .calibration import in_precision
+from .coded import CodedDims, JointTransform, TurnedTransform
+from .coding import Channels, deal
 from .errors import InputError
 from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
@@ -21,7 +24,7 @@ from .maps import AttentionMaps
 from .mfa import MFADims, mfa_builder
 from .mfa_kr import mfa_kr_builder
 from .mla import mla_builder
-from .moments import LatentMoments, latent_moments
+from .moments import CodingMoments, LatentMoments, latent_moments
 from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
 from .rope_split import (
@@ -39,10 +42,16 @@ ROUNDING = 1e-8
 
 
 class Dims(Protocol):
-    """One layer's dims: numbers cached per token, and their names in a config."""
+    """One layer's dims: how much is cached per token, and their names in a config."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> float:
+        """Numbers of 16 bits."""
+        ...
+
+    def bytes(self, itemsize: int) -> float:
+        """Bytes, with the numbers that are not coded of so many each."""
+        ...
 
     def named(self) -> dict[str, int]: ...
 
@@ -56,6 +65,8 @@ class Target(ABC):
         default_budget: the share of the source's cache that is kept when nothing is said.
         classes: the form's classes by family.
         stock: the family's own class holds it.
+        asks_model: what a layer's cache is worth is asked of the whole model, with
+            `coding_moments`, and not of the layer.
         source: numbers the source caches per token and layer.
         keys, rotatable: how many of them are keys', and how many of those are rotated.
         width: mean width of the converted cache.
@@ -71,6 +82,7 @@ class Target(ABC):
     classes: ClassVar[dict[str, modeling.Classes]]
     default_budget: ClassVar[float] = 0.5
     stock: bool = False
+    asks_model: bool = False
     splits: Sequence[float] = (0.0,)
     fixed: Sequence[Dims] | None = None
     refits: bool = True
@@ -296,12 +308,127 @@ class MLATarget(Target):
         )
 
 
+class CodedMLATarget(Target):
+    """MLA whose cached numbers have 0 to 8 bits each, dealt out over all layers."""
+
+    title = MLATarget.title
+    options = MLATarget.options
+    classes = modeling.MLA_CLASSES
+    asks_model = True
+
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        super().__init__(config, recipe)
+        asked = {
+            "--kv-lora-rank": recipe.kv_lora_rank,
+            "--qk-rope-head-dim": recipe.qk_rope_head_dim,
+            "--preset": recipe.preset,
+            "--native": recipe.native or None,
+            "--uniform-rank": recipe.uniform or None,
+        }
+        for flag, value in asked.items():
+            if value is not None:
+                raise InputError(
+                    f"{flag} asks for dims of 16-bit numbers, and --kv-bits {recipe.kv_bits} codes "
+                    "them. Give --kv-bits 16, or leave one of the two out."
+                )
+        self.on_read = recipe.rope == "on-read"
+        if self.on_read and not self.rotatable:
+            raise InputError(
+                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
+                "Leave out --rope on-read."
+            )
+        self.joint = self.on_read or not self.rotatable
+        self.scales = 0 if self.joint else key_scales(config)
+        self.allowed = (8, 4, 2) if recipe.kv_bits == "auto" else (int(recipe.kv_bits),)
+        self.least = self.width
+        self.most = self.source
+        share = recipe.kv_budget
+        self.bytes = 2 * (share * self.source - self.scales) * config.num_hidden_layers
+        if self.bytes <= 0:
+            raise self._too_small()
+        rank = recipe.q_lora_rank
+        if rank is not None and not 1 <= rank <= config.hidden_size:
+            raise InputError(
+                f"q_lora_rank={rank} must be at least 1 and at most {config.hidden_size}, the "
+                "rank that the queries have."
+            )
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def dims(self, width: int, share: float) -> CodedDims:
+        """Of a layer that has the mean of all bytes, each half in channels of 8 and of 2 bits."""
+        size = int(self.bytes / self.config.num_hidden_layers)
+        most = min(2 * self.keys, self.config.hidden_size) if self.joint else self.keys
+        return self._mean_dims(size, most)
+
+    def _mean_dims(self, size: int, most: int) -> CodedDims:
+        parts = 1 if self.joint else 2
+        each = size // parts
+        bits = min(self.allowed) if len(self.allowed) == 1 else 4
+        count = max(4, min(each * 8 // bits, most) // 4 * 4)
+        found = tuple(count if bits == b else 0 for b in (8, 4, 2))
+        none = (0, 0, 0)
+        return self._coded((found, none) if self.joint else (found, found))
+
+    def _coded(self, counts: Sequence[Any]) -> CodedDims:
+        values = (0, 0, 0) if self.joint else counts[1]
+        exact = self.recipe.exact_tokens
+        return CodedDims(counts[0], values, exact, not self.joint, self.scales)
+
+    def moments(self, maps, x, generator) -> None:
+        return None
+
+    def transform(self, maps: AttentionMaps, moments: CodingMoments) -> Any:
+        """The layer's channels, and the layer for any dims."""
+        moments = in_precision(moments, maps.q.dtype)
+        if self.joint:
+            return JointTransform(maps, moments)
+        return TurnedTransform.of(maps, moments)
+
+    def builder(self, maps, moments) -> Callable[[CodedDims], LatentAttention]:
+        return self.transform(maps, moments).build
+
+    def asked(self, maps, moments) -> tuple[Channels, ...]:
+        return self.transform(maps, moments).channels()
+
+    def shared(self, dims, asked) -> list[CodedDims]:
+        return [self._coded(counts) for counts in deal(asked, self.bytes, self.allowed)]
+
+    def finish(self, form, x, error, generator) -> LatentAttention:
+        rank = self.recipe.q_lora_rank
+        if rank is None:
+            return form
+        return with_low_rank_queries(form, x, generator, lambda energy: rank, "q_lora_rank")
+
+    def settled(self, form, x) -> LatentAttention:
+        return form.stored(x)
+
+    def config_of(self, layers, fields) -> PretrainedConfig:
+        config_class, _, causal_lm = self.classes[self.config.model_type]
+        return config_class(
+            **fields,
+            **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
+            q_lora_rank=self.recipe.q_lora_rank,
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
+            rope_on_read=self.on_read,
+            qk_norm=bool(self.qk_norm),
+            code_channels=[[list(part) for part in layer.code or ()] for layer in layers],
+            exact_tokens=self.recipe.exact_tokens,
+            architectures=[causal_lm.__name__],
+        )
+
+
 @dataclass(frozen=True)
 class GQADims:
     """Every layer's KV heads, and the numbers they cache together."""
 
     num_key_value_heads: int
     width: int
+
+    def bytes(self, itemsize: int) -> int:
+        return self.width * itemsize
 
     def named(self) -> dict[str, int]:
         return {"num_key_value_heads": self.num_key_value_heads}
@@ -531,6 +658,12 @@ def target_of(config: PretrainedConfig, recipe: Recipe) -> Target:
         flag = "--native" if recipe.native else f"--rope {recipe.rope}"
         flag = f"--preset {recipe.preset}" if recipe.preset else flag
         raise InputError(f"{flag} means nothing to {recipe.form}. It belongs to mla.")
+    if recipe.kv_bits != "16":
+        if recipe.form != "mla":
+            raise InputError(
+                f"--kv-bits {recipe.kv_bits} means nothing to {recipe.form}. It belongs to mla."
+            )
+        target = CodedMLATarget
     return target(config, recipe)
 
 

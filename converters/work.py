@@ -5,6 +5,7 @@ The folder lies beside the output under a name that the next run finds again:
     .OUTPUT.work/recipe.json        what was asked for, of what, with which versions; locked by the
                                     run that is at work
     .OUTPUT.work/moments-0000.pt    a layer's survey
+    .OUTPUT.work/input-0000.pt      a layer's input, until its importance is known
     .OUTPUT.work/fitted-0000.pt     a layer's fitted form
     .OUTPUT.work/model/             the output as it grows; started anew by every run
 """
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 
 from .calibration import Kronecker, PhaseMoments
+from .coded import CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA
+from .coding import Channels
 from .errors import InputError
 from .gqa import GQA, GQAMoments
 from .mfa import MFA, MFARows
 from .mfa_kr import MFAKR, MFAKRRows
 from .mla import MLA
-from .moments import LatentMoments
+from .moments import CodingMoments, LatentMoments
 from .on_read import KeyInLatentMLA, ReadKeyMLA
 from .processes import OtherFailed
 from .rope_split import Components
@@ -36,12 +39,13 @@ from .whole_keys import InputMLA, WholeKeyMLA
 from .writer import NO_SPACE
 
 KEPT: list[Any] = [
-    *(Components, GQA, GQAMoments, Kronecker, LatentMoments, PhaseMoments),
+    *(CodingMoments, Components, GQA, GQAMoments, Kronecker, LatentMoments, PhaseMoments),
+    *(Channels, CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA),
     *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
 ]
 
 MARKER = "recipe.json"
-OURS = re.compile(r"recipe\.json|(moments|fitted)-\d+\.(pt|partial)|model")
+OURS = re.compile(r"recipe\.json|(moments|input|fitted)-\d+\.(pt|partial)|model")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from .cached_decoding import take_cache
-from .rope_slots import rotate
 
 # Position embeddings where layers are given none.
 NO_ROPE: Any = (None, None, None)
@@ -62,14 +61,12 @@ class ConvertedAttention(nn.Module):
             )
         return cache
 
-    def _select(self, angles):
-        """The rotated components' own of cos and sin, each [..., d_r / 2]."""
-        return tuple(x.index_select(-1, self.rope_index) for x in angles)
-
-    def _rotate_tail(self, x, cos, sin):
-        """x with its last d_r dimensions rotated."""
+    def turned_rows(self, x, rotation):
+        """New tokens' x [B, 1, T, k] with its last d_r dimensions rotated."""
+        if not self.qk_rope_head_dim:
+            return x
         still, turning = x.split([x.shape[-1] - self.qk_rope_head_dim, self.qk_rope_head_dim], -1)
-        return torch.cat((still, rotate(turning, cos, sin)), dim=-1)
+        return torch.cat((still, rotation.new_keys(turning, self.rope_index)), dim=-1)
 
     @staticmethod
     def _slots_in(cached, slots):

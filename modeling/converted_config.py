@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
+from .rows import CodedRows, PlainRows
+
 # The layout of a converted model's tensors and fields, in `conversion`.
 FORMAT = 2
 
@@ -106,7 +108,10 @@ class ConvertedConfigMixin(PreTrainedConfig):
         layouts = cls.tiny_layouts
         if "rope_parameters" not in known:  # then nothing is rotated, and nothing on read
             still = {"qk_rope_head_dim": 0}
-            layouts = tuple(layout | still for layout in layouts if not layout.get("rope_on_read"))
+            rotates = ("rope_on_read", "rope_pairs")
+            layouts = tuple(
+                layout | still for layout in layouts if not any(map(layout.get, rotates))
+            )
         if cls.norms_keys:  # and keys that are normalised are formed whole on read
             layouts = tuple(
                 layout | {"qk_norm": True}
@@ -114,6 +119,10 @@ class ConvertedConfigMixin(PreTrainedConfig):
                 if not (layout.get("rope_on_read") and layout["qk_rope_head_dim"])
             )
         return [cls(**small | layout) for layout in layouts]
+
+    def layer_rows(self, layer_idx: int) -> PlainRows | CodedRows:
+        """How one layer's rows are cached."""
+        return PlainRows()
 
     def layer_layout(self, layer_idx: int) -> str:
         """The name of one layer's attention."""

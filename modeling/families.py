@@ -31,6 +31,7 @@ from .mfa_kr import MFAKRAttention, MFAKRRowsAttention
 from .mla import MLAAttention
 from .mla_config import MLAConfigMixin
 from .on_read import KeyInLatentAttention
+from .turned_keys import TurnedKeyAttention
 from .whole_keys import InputAttention, WholeKeyAttention
 
 # A config, a model, and a model with a language head.
@@ -132,6 +133,7 @@ FORMS = {
             MLAConfigMixin,
             {
                 "mla": MLAAttention,
+                "turned keys": TurnedKeyAttention,
                 "key in latent": KeyInLatentAttention,
                 "whole keys": WholeKeyAttention,
                 "inputs": InputAttention,

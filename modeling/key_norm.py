@@ -30,26 +30,17 @@ def normalised(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
     return norm(x.flatten(2).unflatten(-1, (-1, width))).reshape(x.shape)
 
 
-def key_scales(attention, keys, values):
-    """The inverse RMS of the keys of new tokens, [B, 1, T, g], or one number for all heads.
+def key_scales(norm: LlamaRMSNorm, keys: torch.Tensor, all_heads: bool) -> torch.Tensor:
+    """The inverse RMS of keys [B, T, g, E], the norm's weight in them.
 
-    Args:
-        attention: of shared keys.
-        keys, values: what is cached of new tokens, with components that are not turned.
+    Returns:
+        [B, 1, T, g], or one number for all heads.
     """
-    free, _ = attention.position_free(keys, values)
-    whole, half = free.new_zeros(*free.shape[:-1], attention.head_dim), attention.head_dim // 2
-    resting, turned = attention.resting, attention.turned
-    whole = whole.index_copy(-1, torch.cat((resting, half + resting)), free)
-    if attention.qk_rope_head_dim:
-        spread = attention.spread(attention.components(keys))
-        whole = whole.index_add(-1, torch.cat((turned, half + turned)), spread)
-    norm = attention.k_norm
-    wide = whole.to(torch.promote_types(whole.dtype, torch.float32))
-    plain = wide / norm.weight.view(-1, attention.head_dim)
-    over = (-2, -1) if attention.config.norm_all_heads else (-1,)
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    plain = wide / norm.weight.view(-1, keys.shape[-1])
+    over = (-2, -1) if all_heads else (-1,)
     inverse = (plain.square().mean(over, keepdim=True) + norm.variance_epsilon).rsqrt()
-    return inverse.squeeze(-1).unsqueeze(1).to(keys.dtype)
+    return inverse.flatten(2).unsqueeze(1).to(keys.dtype)
 
 
 def split_scales(values, count: int):

@@ -29,6 +29,8 @@ class LatentAttention(ConvertedAttention, ABC):
 
     # Keys are cached before their rotation, and turned by their slot when they are read.
     on_read = False
+    # Keys are turned by their slot when they are cached.
+    by_slot = False
     # What reads a latent, in layouts that have one for keys and values.
     kv_lora_rank: int
     kv_a_proj_with_mqa: nn.Linear
@@ -46,6 +48,7 @@ class LatentAttention(ConvertedAttention, ABC):
         super().__init__(config, layer_idx)
         self.v_head_dim = self.head_dim = self.nope_head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.stored = config.layer_rows(layer_idx)
 
     def add_queries(self, width: int, q_lora_rank: int | None):
         """Projections of H queries of that width, through a low rank if one is given."""
@@ -81,7 +84,7 @@ class LatentAttention(ConvertedAttention, ABC):
         return query.transpose(1, 2)
 
     @abstractmethod
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         """The cache's rows for new tokens, as keys and values [B, 1, T, ...]."""
 
     @abstractmethod
@@ -112,16 +115,26 @@ class LatentAttention(ConvertedAttention, ABC):
         batch, length = hidden_states.shape[:2]
         cache = self._take_cache(cache, kwargs)
         query = self.queries(hidden_states)
-        keys, values = self.cached(hidden_states, position_embeddings)
         rotation = Rotation.at_positions(position_embeddings)
-        if cache is not None:
+        slots = None
+        if cache is not None and (self.on_read or self.by_slot):
             # Before the update: a static cache's length is a tensor that it counts up in place.
-            seen = cache.get_seq_length(self.layer_idx) if self.on_read else 0
+            seen = cache.get_seq_length(self.layer_idx)
             slots = torch.arange(length, device=hidden_states.device) + seen
-            keys, values = cache.update(keys, values, self.layer_idx, kwargs=kwargs)
+            rotation = Rotation.at_slots(position_embeddings, slots)
+        keys, values = self.cached(hidden_states, rotation)
+        if cache is None:
+            positions = kwargs.get("position_ids")
+            keys, values = self.stored.alone(keys, values, attention_mask, positions)
+        else:
+            keys, values = self.stored.update(
+                cache, self.layer_idx, keys, values, attention_mask, kwargs
+            )
             if self.on_read:
                 slots = self._slots_in(keys, slots)
                 rotation = Rotation.at_slots(position_embeddings, slots)
+            elif self.by_slot and self.sliding_window is not None:
+                rotation = rotation.after(slots - self._slots_in(keys, slots))
         if cache is not None and self._can_absorb(length, keys, attention_mask):
             output, weights = self.absorbed(query, keys, values, attention_mask, rotation)
         else:

@@ -64,13 +64,10 @@ class MFARowsAttention(LatentAttention):
         self.v_proj = nn.Linear(config.hidden_size, self.mfa_head_dim, bias=False)
         self.add_output(self.mfa_head_dim)
 
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
         key, value = key.unsqueeze(1), value.unsqueeze(1)
-        if self.qk_rope_head_dim:
-            cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
-            key = self._rotate_tail(key, cos, sin)
-        return key, value
+        return self.turned_rows(key, rotation), value
 
     def turned_query(self, query, rotation):
         """Queries with their tail turned."""

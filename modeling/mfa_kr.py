@@ -61,7 +61,7 @@ class MFAKRRowsAttention(MFARowsAttention):
         super().__init__(config, layer_idx)
         del self.v_proj
 
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         key = self.k_proj(hidden_states).unsqueeze(1)
         return key, key[..., :0]
 

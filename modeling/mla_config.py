@@ -2,7 +2,9 @@
 
 from typing import Any, ClassVar
 
+from .coding import Code
 from .converted_config import ConvertedConfigMixin
+from .rows import CodedRows, PlainRows
 
 
 class MLAConfigMixin(ConvertedConfigMixin):
@@ -31,6 +33,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
             have one. The family says whether it is of each head by itself. What keys are multiplied
             with is cached beside the latent; with `rope_on_read` keys are formed when they are
             read, and rotated whole.
+        code_channels: For each layer, how many of the numbers that a token leaves in the cache have
+            8, 4 and 2 bits: of keys, and of values. None where all have 16 bits. Decoupled, the
+            keys are then all of them rotated components, turned by their slot, and the latent is
+            the values' alone.
+        exact_tokens: How many first tokens of a sequence keep 16 bits in a coded cache.
         conversion: The recipe the checkpoint was made with.
     """
 
@@ -52,6 +59,13 @@ class MLAConfigMixin(ConvertedConfigMixin):
             dict(qk_rope_head_dim=4, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True, kv_lora_rank=32),
+            dict(qk_rope_head_dim=0, code_channels=[[[6, 2, 4], [0, 0, 0]]] * 2),
+            dict(qk_rope_head_dim=0, rope_on_read=True, code_channels=[[[6, 2, 4], [0, 0, 0]]] * 2),
+            dict(
+                qk_rope_head_dim=12,
+                rope_pairs=[[0, 1, 1, 2, 3, 3]] * 2,
+                code_channels=[[[6, 2, 4], [6, 2, 4]]] * 2,
+            ),
         )
     )
 
@@ -63,11 +77,14 @@ class MLAConfigMixin(ConvertedConfigMixin):
     rope_on_read: bool = False
     kv_a_bias: bool = False
     kv_b_bias: bool = False
+    code_channels: list[list[list[int]]] | None = None
+    exact_tokens: int = 4
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.qk_nope_head_dim = self.v_head_dim = self.head_dim
-        if self.qk_norm or (self.rope_on_read and self.qk_rope_head_dim):
+        coded = self.code_channels is not None
+        if self.qk_norm or coded or (self.rope_on_read and self.qk_rope_head_dim):
             # What keys are scaled by, or the rotated key within the latent, are every head's: the
             # attention is not split.
             self.base_model_tp_plan: dict[str, str] | None = {
@@ -82,9 +99,21 @@ class MLAConfigMixin(ConvertedConfigMixin):
         assert self.head_dim is not None
         return self.head_dim + self.qk_rope_head_dim
 
+    def layer_rows(self, layer_idx: int) -> PlainRows | CodedRows:
+        if self.code_channels is None:
+            return PlainRows()
+        return CodedRows(*self._codes(layer_idx), self.exact_tokens)
+
+    def _codes(self, layer_idx: int) -> tuple[Code, Code]:
+        """Of one layer's keys and values, where they are coded."""
+        assert self.code_channels is not None
+        keys, values = self.code_channels[layer_idx]
+        return Code(tuple(keys)), Code(tuple(values))
+
     def layer_layout(self, layer_idx: int) -> str:
         if not self.rope_on_read:
-            return "mla"
+            coded = self.code_channels is not None and self.layer_dims(layer_idx)[1]
+            return "turned keys" if coded else "mla"
         rank, rotated = self.layer_dims(layer_idx)
         if rotated:
             return "key in latent"
@@ -111,12 +140,34 @@ class MLAConfigMixin(ConvertedConfigMixin):
                     f"{name}={width} must be the source's head_dim={self.head_dim}, or left out."
                 )
         super()._check_widths()
+        self._check_code()
         for layer_idx in range(self.num_hidden_layers):
             rank, rotated = self.layer_dims(layer_idx)
             if self.rope_on_read and rotated > rank:
                 raise ValueError(
                     f"qk_rope_head_dim={rotated} of layer {layer_idx} must not exceed its "
                     f"kv_lora_rank={rank}: with rope_on_read=True it is a part of it."
+                )
+
+    def _check_code(self):
+        """Raises unless a coded row has the channels that its layer caches."""
+        if self.code_channels is None:
+            return
+        if len(self.code_channels) != self.num_hidden_layers or self.exact_tokens < 0:
+            raise ValueError(
+                f"code_channels has {len(self.code_channels)} entries for num_hidden_layers="
+                f"{self.num_hidden_layers}, and exact_tokens={self.exact_tokens}; give one for "
+                "each layer, and 0 or more tokens."
+            )
+        for layer_idx in range(self.num_hidden_layers):
+            rank, rotated = self.layer_dims(layer_idx)
+            layout = self.layer_layout(layer_idx)
+            found = tuple(code.channels for code in self._codes(layer_idx))
+            meant = (rotated, rank) if layout == "turned keys" else (rank, 0)
+            if found != meant:
+                raise ValueError(
+                    f"code_channels[{layer_idx}] has {found} channels of keys and values, and the "
+                    f"layer caches {meant}."
                 )
 
     def _check_rope(self):

@@ -4,6 +4,7 @@ S slots in the cache, T query tokens, H query heads, g KV heads, d head_dim, f =
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -88,44 +89,68 @@ class Rotation:
 
     Args:
         query: cos and sin [..., T, f] of all frequencies, for queries.
-        keys: the same [..., S, f] for keys; None where there are none to turn.
+        new: the same for the keys of the same tokens.
+        keys: the same [..., S, f] for the keys of all slots; None to find them by their slots.
         slots: the queries' slots in the cache, [T]; None without a cache.
         angles: of the forward pass.
     """
 
-    def __init__(self, query, keys, slots=None, angles: SlotAngles | None = None):
-        self._query, self._keys, self.slots, self.angles = query, keys, slots, angles
+    # How many first tokens the cache has dropped; None for none.
+    dropped: torch.Tensor | None = None
+
+    def __init__(self, query, new, keys, slots=None, angles: SlotAngles | None = None):
+        self._query, self._new, self._keys = query, new, keys
+        self.slots, self.angles = slots, angles
 
     @classmethod
     def at_positions(cls, position_embeddings) -> "Rotation":
         """By the positions that the model was given, queries and keys alike."""
         cos, sin, angles = position_embeddings
         if cos is None:
-            return cls(None, None)
-        both = tuple(x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
-        return cls(both, both, None, angles)
+            return cls(None, None, None)
+        query = keys = tuple(x[:, None, :, : x.shape[-1] // 2] for x in (cos, sin))
+        factor = angles.score_scaling**0.5
+        if factor != 1:  # of RoPE types such as YaRN, for queries and keys: queries take it all
+            query, keys = (tuple(x * by for x in query) for by in (factor, 1 / factor))
+        return cls(query, keys, keys, None, angles)
 
     @classmethod
     def at_slots(cls, position_embeddings, slots: torch.Tensor) -> "Rotation":
         """By the slots of the cache."""
         angles = position_embeddings[2]
         if angles is None:
-            return cls(None, None)
+            return cls(None, None, None)
         # The factor of RoPE types such as YaRN stands on both sides of a score.
-        query = tuple(x * angles.score_scaling for x in angles.at(slots))
-        return cls(query, None, slots, angles)
+        new = angles.at(slots)
+        query = tuple(x * angles.score_scaling for x in new)
+        return cls(query, new, None, slots, angles)
+
+    def after(self, dropped: torch.Tensor) -> "Rotation":
+        """The same for a cache that has dropped its first tokens, as many as `dropped` [T] says."""
+        first = copy(self)
+        first.dropped = dropped[-1]
+        return first
 
     def query(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         """Queries [B, H, T, 2 m] turned; of m frequencies, those of `index` or all."""
         return rotate(x, *_selected(self._query, index))
 
+    def new_keys(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Keys of the same tokens [B, g, T, 2 m] turned, likewise."""
+        return rotate(x, *_selected(self._new, index))
+
     def keys(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        """Keys [B, g, S, 2 m] turned, likewise."""
-        keys = self._keys
-        if keys is None:
-            assert self.angles is not None
-            keys = self.angles.table(x.shape[2], x.device)
-        return rotate(x, *_selected(keys, index))
+        """Keys of all slots [B, g, S, 2 m] turned, likewise."""
+        return rotate(x, *_selected(self.table(x.shape[2], x.device), index))
+
+    def table(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [..., S, f] of all slots."""
+        if self._keys is not None:
+            return self._keys
+        assert self.angles is not None
+        if self.dropped is None:
+            return self.angles.table(length, device)
+        return self.angles.at(torch.arange(length, device=device) + self.dropped)
 
 
 def _selected(angles, index):

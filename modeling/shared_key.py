@@ -88,6 +88,12 @@ class SharedKeyAttention(LatentAttention):
         components. `normed` makes of scores what they are with normalised keys; None without.
         """
 
+    def component_query(self, query, rotation):
+        """Queries [B, H, T, 2 n] for the rotated components, turned."""
+        pairs = query.unflatten(-1, (2, -1)).index_select(-1, self.rope_index).flatten(-2)
+        factors = conjugate(local(self.k_synthesis)).repeat_interleave(self.num_key_value_groups, 0)
+        return rotation.query(multiplied(pairs, factors), self.rope_index)
+
     def free_query(self, query):
         """Queries [B, H, T, N] for what rests of keys."""
         if not self.nope_head_dim:
@@ -95,14 +101,24 @@ class SharedKeyAttention(LatentAttention):
         pairs = query.unflatten(-1, (2, -1)).index_select(-1, self.resting)
         return multiplied(pairs.flatten(-2), local(self.q_phase))
 
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         keys, values = self.rows(hidden_states)
         if self.config.qk_norm:  # before components are turned: their weights differ in a pair
-            values = torch.cat((values, key_scales(self, keys, values)), dim=-1)
-        if self.qk_rope_head_dim and not self.on_read:
-            cos, sin = (x.unsqueeze(1) for x in self._select(position_embeddings[:2]))
-            keys = self._rotate_tail(keys, cos, sin)
-        return keys, values
+            scales = key_scales(
+                self.k_norm, self.unturned(keys, values), self.config.norm_all_heads
+            )
+            values = torch.cat((values, scales), dim=-1)
+        return keys if self.on_read else self.turned_rows(keys, rotation), values
+
+    def unturned(self, keys, values):
+        """Keys [B, T, g, E] of new tokens before their rotation, of rows that are not turned."""
+        free, _ = self.position_free(keys, values)
+        whole, half = free.new_zeros(*free.shape[:-1], self.head_dim), self.head_dim // 2
+        whole = whole.index_copy(-1, torch.cat((self.resting, half + self.resting)), free)
+        if not self.qk_rope_head_dim:
+            return whole
+        turned = torch.cat((self.turned, half + self.turned))
+        return whole.index_add(-1, turned, self.spread(self.components(keys)))
 
     def expanded(self, query, keys, values, rotation):
         values, scales = split_scales(values, self.config.key_scales)
@@ -134,11 +150,7 @@ class SharedKeyAttention(LatentAttention):
         free = torch.einsum("bgmtn,gnr->bgmtr", free, w_uk).flatten(1, 2)
         tail = query[..., :0]
         if self.qk_rope_head_dim:
-            pairs = query.unflatten(-1, (2, -1)).index_select(-1, self.rope_index)
-            real, imag = local(self.k_synthesis).unflatten(-1, (2, -1)).unbind(1)
-            conjugate = torch.cat((real, -imag), dim=-1)
-            conjugate = conjugate.repeat_interleave(self.num_key_value_groups, 0)
-            tail = rotation.query(multiplied(pairs.flatten(-2), conjugate), self.rope_index)
+            tail = self.component_query(query, rotation)
         mixed, weights = self.read(free, tail, keys, values, mask, rotation, normed)
         output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), w_uv)
         if bias is not None:
@@ -181,6 +193,12 @@ def multiplied(x, factors):
     """Pairs of x [B, H, T, 2 m] times complex factors [H, 2 m], real parts then imaginary parts."""
     (a, b), (c, d) = x.chunk(2, dim=-1), factors[:, None].chunk(2, dim=-1)
     return torch.cat((a * c - b * d, a * d + b * c), dim=-1)
+
+
+def conjugate(factors):
+    """Complex factors [..., 2 m], real parts then imaginary parts, conjugated."""
+    real, imag = factors.chunk(2, dim=-1)
+    return torch.cat((real, -imag), dim=-1)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class WholeKeyAttention(LatentAttention):
     def readers(self):
         yield self.kv_b_proj
 
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         return row, row[..., :0]
 
@@ -82,6 +82,6 @@ class InputAttention(WholeKeyAttention):
         add_latent(self, self.kv_lora_rank)
         del self.kv_a_proj_with_mqa
 
-    def cached(self, hidden_states, position_embeddings):
+    def cached(self, hidden_states, rotation):
         row = hidden_states.unsqueeze(1)
         return row, row[..., :0]

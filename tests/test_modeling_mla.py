@@ -356,6 +356,8 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert {p.name for p in tmp_path.glob("*.py")} == {
         "cached_decoding.py",
+        "coded_cache.py",
+        "coding.py",
         "converted_attention.py",
         "converted_config.py",
         "converted_model.py",
@@ -372,7 +374,9 @@ def test_config_alone_writes_what_loading_needs(ids, tmp_path):
         "on_read.py",
         "read_kernel.py",
         "rope_slots.py",
+        "rows.py",
         "shared_key.py",
+        "turned_keys.py",
         "whole_keys.py",
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

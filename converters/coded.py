@@ -1,0 +1,355 @@
+"""Layers of latent attention whose cached numbers are coded.
+
+The transform is the Karhunen-Loeve transform under the importance: the channels are uncorrelated,
+and an error of one adds to the loss what errors of others do not change. With A the importance of
+keys and values W x and C the covariance of x, it comes from the singular value decomposition of
+A^1/2 W C^1/2, and the squared singular values are the channels' energies.
+
+Letters: as in `latent`, and c channels.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..modeling.coding import Code
+from .coding import Channels, Counts, steps_of
+from .latent import LatentAttention, SharedKeyAttention, of_source
+from .lowrank import Factors, WeightedSVD, square_roots
+from .maps import AttentionMaps, normalised, project, rotate, token_angles
+from .mla import MLA
+from .moments import CodingMoments
+from .rope_split import output_bias
+from .whole_keys import WholeKeyMLA
+
+
+@dataclass(frozen=True)
+class CodedDims:
+    """One layer's codes.
+
+    Args:
+        keys, values: how many channels of each have 8, 4 and 2 bits.
+        exact_tokens: first tokens of a sequence that are kept whole.
+        rotated: whether keys are rotated components, and not read from one latent with values.
+        scales: numbers beside them of 16 bits, by which keys are scaled where they are normalised.
+    """
+
+    keys: Counts
+    values: Counts
+    exact_tokens: int
+    rotated: bool = True
+    scales: int = 0
+
+    @property
+    def width(self) -> float:
+        """The numbers of 16 bits that a token's row takes as much as."""
+        return (Code(self.keys).bytes + Code(self.values).bytes) / 2 + self.scales
+
+    def bytes(self, itemsize: int) -> float:
+        """A token's bytes, with the numbers that are not coded of so many bytes each."""
+        return Code(self.keys).bytes + Code(self.values).bytes + self.scales * itemsize
+
+    def named(self) -> dict[str, int]:
+        """The dims by the config's names."""
+        keys, values = sum(self.keys), sum(self.values)
+        rotated = {"kv_lora_rank": values, "qk_rope_head_dim": keys}
+        return rotated if self.rotated else {"kv_lora_rank": keys, "qk_rope_head_dim": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded(LatentAttention):
+    """What coded layers share: their channels are in steps, and are read as they are decoded."""
+
+    dims: CodedDims
+
+    @property
+    def cache_width(self) -> int:
+        return sum(self.dims.keys) + sum(self.dims.values) + self.dims.scales
+
+    def decoded(self, rows: Float[Tensor, "B T c"], counts: Counts) -> Float[Tensor, "B T c"]:
+        """Rows of whole sequences as they are read from a cache."""
+        exact = self.dims.exact_tokens
+        return torch.cat([rows[:, :exact], Code(counts).rounded(rows[:, exact:])], dim=1)
+
+    def balanced(self) -> Any:
+        return replace(self, **self._even_queries())  # channels keep their steps
+
+    def stored(self, x):
+        return self.balanced()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedWholeKeyMLA(Coded, WholeKeyMLA):
+    """Keys, formed and turned whole, and values, both from one coded latent."""
+
+    def read(self, x):
+        pair = project(self.decoded(self.latent(x), self.dims.keys), self.kv_b, self.kv_b_bias)
+        width = self.q.shape[1]
+        k = normalised(pair[..., :width], self.k_norm, self.norm_eps)
+        angles = token_angles(self.inv_freq, x)[:, None]
+        return rotate(self.queries(x), angles), rotate(k, angles), pair[..., width:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedMLA(Coded, MLA):
+    """Keys that nothing rotates, and values, both from one coded latent."""
+
+    def read(self, x):
+        latent = self.decoded(linear(x, self.kv_a, self.kv_a_bias), self.dims.keys)
+        pair = project(latent, self.kv_b, self.kv_b_bias)
+        free, _ = self.split_queries(self.queries(x))
+        width = self.phase.shape[1]
+        return free, pair[..., :width], pair[..., width:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnedKeyMLA(Coded, SharedKeyAttention):
+    """Components of keys that are coded after their rotation, and values from a coded latent.
+
+    Args:
+        kv_a: [components, the two parts of each pair side by side | latent of the values].
+        k_mean: what is constant in keys, before their rotation.
+        v_b: from the latent.
+    """
+
+    kv_a: Float[Tensor, "c D"]
+    kv_a_bias: Float[Tensor, " c"]
+    k_mean: Float[Tensor, "G E"]
+    kv_b: Float[Tensor, "G V r"]
+
+    @property
+    def turned(self) -> list[int]:
+        return list(range(self.q.shape[1] // 2))
+
+    @property
+    def resting(self) -> list[int]:
+        return []
+
+    def rows(self, x: Float[Tensor, "*batch D"]) -> tuple[Tensor, Tensor]:
+        """Components, real parts then imaginary parts, before they are turned, and latents."""
+        row = linear(x, self.kv_a, self.kv_a_bias)
+        keys, latent = row.split([self.qk_rope_head_dim, self.kv_b.shape[2]], dim=-1)
+        return torch.cat([keys[..., ::2], keys[..., 1::2]], dim=-1), latent
+
+    def keys_and_values(self, x):
+        components, latent = self.rows(x)
+        return (
+            latent.new_zeros(*latent.shape[:-1], len(self.kv_b), 0),
+            components,
+            project(latent, self.kv_b),
+        )
+
+    def spread(self, shared):
+        return super().spread(shared) + self.k_mean
+
+    def read(self, x):
+        components, latent = self.rows(x)
+        angles = token_angles(self.inv_freq, x)
+        turned = rotate(components, angles[:, list(self.rope_pairs)])
+        pairs = turned.unflatten(-1, (2, -1)).mT.flatten(-2)  # side by side, as they are coded
+        pairs = self.decoded(pairs, self.dims.keys).to(latent.dtype)
+        turned = torch.cat([pairs[..., ::2], pairs[..., 1::2]], dim=-1)
+        angles = angles[:, None]
+        k = super().spread(turned) + rotate(self.k_mean.expand(len(angles), -1, -1), angles)
+        if self.k_norm is not None:
+            plain = self.spread(components)
+            k = k * self.key_scales(plain[..., :0], plain)[..., None]
+        v = project(self.decoded(latent, self.dims.values), self.kv_b)
+        return rotate(self.queries(x), angles), k, v
+
+    def own_tensors(self, rope_factor: float) -> dict[str, Tensor | None]:
+        return super().own_tensors(rope_factor) | {
+            "k_mean": self.k_mean,
+            "kv_a_proj_with_mqa.weight": self.kv_a,
+            "kv_a_proj_with_mqa.bias": self.kv_a_bias,
+            "kv_b_proj.weight": self.kv_b.flatten(0, 1),
+        }
+
+
+@dataclass(frozen=True)
+class JointTransform:
+    """Keys, before their norm and rotation, and values of all KV heads as one vector.
+
+    Args:
+        maps: of the source.
+        moments: of its keys and values.
+    """
+
+    maps: AttentionMaps
+    moments: CodingMoments
+
+    @cached_property
+    def factors(self) -> Factors:
+        rows = torch.cat([self.maps.k.flatten(0, 1), self.maps.v.flatten(0, 1)])
+        return WeightedSVD.of(self.moments.importance, self.moments.covariance)(rows)
+
+    def channels(self) -> tuple[Channels, ...]:
+        return (Channels(self.factors.energy[: len(self.factors.down)]),)
+
+    def build(self, dims: CodedDims) -> Coded:
+        """The layer with the first channels coded."""
+        maps, count, groups = self.maps, sum(dims.keys), self.maps.kv_heads
+        step = steps_of(dims.keys, maps.q)
+        down, up = self.factors.down[:count], self.factors.up[:, :count]
+        split = [groups * maps.qk_dim, groups * maps.v_dim]
+        key_rows, value_rows = (part.unflatten(0, (groups, -1)) for part in up.split(split))
+        kv_b = torch.cat([key_rows, value_rows], dim=1) * step
+        mean = self.moments.mean
+        key_bias = maps.k @ mean
+        key_bias = key_bias if maps.k_bias is None else key_bias + maps.k_bias
+        shared = of_source(maps) | dict(
+            dims=dims,
+            kv_a=down / step[:, None],
+            kv_a_bias=-(down @ mean) / step,
+            kv_b=kv_b,
+            kv_b_bias=torch.nn.functional.pad(key_bias, (0, maps.v_dim)),
+            o_bias=output_bias(maps, torch.zeros_like(maps.v), mean),
+            energy=tuple(self.factors.energy.tolist()),
+        )
+        if maps.inv_freq.any():
+            return CodedWholeKeyMLA(**shared)
+        rest = maps.q.new_zeros(maps.heads, maps.qk_dim)
+        rest[:, : maps.qk_dim // 2] = 1
+        none = maps.q.new_zeros(groups, 0)
+        return CodedMLA(**shared, phase=rest, synthesis=none, rope_pairs=())
+
+
+@dataclass(frozen=True)
+class TurnedTransform:
+    """Keys mixed across KV heads, frequency by frequency, and values as one vector.
+
+    Args:
+        maps: of the source, the weight of the keys' norm in its key map.
+        moments: of its keys and values.
+    """
+
+    maps: AttentionMaps
+    moments: CodingMoments
+
+    @classmethod
+    def of(cls, maps: AttentionMaps, moments: CodingMoments) -> "TurnedTransform":
+        """Of the source's own maps, and moments of keys without their norm's weight."""
+        weighed = maps.with_norm_in_keys()
+        if weighed.k_norm is not None:
+            weight = weighed.k_norm.expand(maps.k.shape[:2]).flatten()
+            size = torch.cat([1 / weight, weight.new_ones(maps.v[..., 0].numel())])
+            moments = replace(moments, importance=moments.importance * size.outer(size))
+        return cls(weighed, moments)
+
+    @cached_property
+    def values(self) -> Factors:
+        keys = self.maps.kv_heads * self.maps.qk_dim
+        importance = self.moments.importance[keys:, keys:]
+        rows = self.maps.v.flatten(0, 1)
+        return WeightedSVD.of(importance, self.moments.covariance)(rows)
+
+    @cached_property
+    def components(self) -> "KeyComponents":
+        return key_components(self.maps, self.moments)
+
+    def channels(self) -> tuple[Channels, ...]:
+        values = self.values
+        return Channels(self.components.energy, 2), Channels(values.energy[: len(values.down)])
+
+    def build(self, dims: CodedDims) -> TurnedKeyMLA:
+        """The layer with the first components and the first channels of values coded."""
+        maps, mean = self.maps, self.moments.mean
+        count, rank = sum(dims.keys) // 2, sum(dims.values)
+        step = steps_of(dims.keys, maps.q)
+        found = self.components.first(count)
+        chosen = list(found.pairs)
+        half = maps.qk_dim // 2
+        real, imag = maps.k[:, chosen], maps.k[:, [half + pair for pair in chosen]]  # [G, n, D]
+        made = torch.einsum("ng,gnd->nd", found.analysis, torch.complex(real, imag))
+        rows = torch.view_as_real(made).movedim(-1, 1).flatten(0, 1)  # parts side by side
+        v_step = steps_of(dims.values, maps.q)
+        down, up = self.values.down[:rank], self.values.up[:, :rank]
+        kv_a = torch.cat([rows / step[:, None], down / v_step[:, None]])
+        synthesis = found.synthesis.mT * step[::2]
+        key_mean = maps.k @ mean
+        return TurnedKeyMLA(
+            **of_source(maps),
+            dims=dims,
+            phase=maps.q.new_zeros(maps.heads, 0),
+            synthesis=torch.cat([synthesis.real, synthesis.imag], dim=-1),
+            rope_pairs=found.pairs,
+            kv_a=kv_a,
+            kv_a_bias=-(kv_a @ mean),
+            k_mean=key_mean if maps.k_bias is None else key_mean + maps.k_bias,
+            kv_b=(up * v_step).unflatten(0, (maps.kv_heads, -1)),
+            o_bias=output_bias(maps, torch.zeros_like(maps.v), mean),
+            energy=tuple(self.values.energy.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class KeyComponents:
+    """Components of keys, of one frequency each, by falling energy.
+
+    Component j is z = analysis[j] . k_f over KV heads, its parts' mean variance 1, and k_f = sum_j
+    synthesis[j] z_j.
+
+    Args:
+        energy: of each part of a component, the error that leaving it out adds to the loss.
+        pairs: every component's frequency.
+    """
+
+    energy: Float[Tensor, " n"]
+    pairs: tuple[int, ...]
+    analysis: Complex[Tensor, "n G"]
+    synthesis: Complex[Tensor, "n G"]
+
+    def first(self, count: int) -> "KeyComponents":
+        return KeyComponents(
+            self.energy[:count],
+            self.pairs[:count],
+            self.analysis[:count],
+            self.synthesis[:count],
+        )
+
+
+def key_components(maps: AttentionMaps, moments: CodingMoments) -> KeyComponents:
+    """The Karhunen-Loeve transform of each frequency's keys over KV heads, as complex numbers.
+
+    Any complex-linear mix of pairs of one frequency turns as each of them does.
+    """
+    groups, width = maps.kv_heads, maps.qk_dim
+    keys = maps.k.flatten(0, 1)
+    covariance = (keys @ moments.covariance @ keys.mT).unflatten(0, (groups, width))
+    importance = moments.importance[: len(keys), : len(keys)].unflatten(0, (groups, width))
+
+    def of_pair(moment: Float[Tensor, "G E GE"], pair: int) -> Complex[Tensor, "G G"]:
+        """E[z z*] of the pair's parts as one complex number for each KV head, halved."""
+        parts = moment.unflatten(2, (groups, width))
+        re, im = pair, pair + width // 2
+        even = parts[:, re, :, re] + parts[:, im, :, im]
+        odd = parts[:, im, :, re] - parts[:, re, :, im]
+        return torch.complex(even, odd) / 2
+
+    energies: list[Tensor] = []
+    pairs: list[int] = []
+    analysis, synthesis = [], []
+    for pair in range(width // 2):
+        weight, spread = (of_pair(moment, pair) for moment in (importance, covariance))
+        root, inverse = square_roots(weight)
+        variance, vectors = torch.linalg.eigh(root @ spread @ root)
+        variance = variance.flip(0).clamp_min(torch.finfo(variance.dtype).tiny)
+        vectors = vectors.flip(1)
+        size = variance.sqrt().to(vectors)
+        analysis.append((vectors.mH @ root) / size[:, None])
+        synthesis.append(((inverse @ vectors) * size).mT)
+        energies.append(variance)
+        pairs += [pair] * groups
+    energy = torch.cat(energies)
+    order = energy.argsort(descending=True, stable=True)
+    return KeyComponents(
+        energy[order],
+        tuple(pairs[index] for index in order.tolist()),
+        torch.cat(analysis)[order],
+        torch.cat(synthesis)[order],
+    )

@@ -1,0 +1,179 @@
+"""Layers of transformers' caches that hold coded rows.
+
+The codes are a layer's keys and the numbers that are not coded its values, so that all that a cache
+does with tokens, such as to crop, to reorder and to offload, it does with these. Beside them are
+the rows of each sequence's first tokens, which are kept whole.
+
+B batch, T new tokens, S tokens in the cache, K tokens that are kept whole, c channels of a row.
+"""
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+# A buffer that is full grows by this share of what it holds, and by so many tokens at least.
+GROWTH, LEAST_GROWTH = 8, 64
+
+
+class FirstTokens(CacheLayerMixin):
+    """What a cache layer of coded rows has beside its codes: the first tokens' rows.
+
+    `starts` [B] has the slot of each sequence's first token, after its padding; None where all
+    begin at slot 0. `first` [B, K, c] has the rows.
+    """
+
+    first: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    def keep_first(self, rows: torch.Tensor, seen, count: int, starts: torch.Tensor | None):
+        """Keeps what is to be kept of new tokens' rows [B, T, c].
+
+        Args:
+            seen: tokens in the cache before them.
+            count: K.
+            starts: of the sequences; heeded for a cache's first tokens.
+        """
+        if self.first is None:
+            self.starts = starts
+            self.first = rows.new_zeros(len(rows), count, rows.shape[-1])
+        if isinstance(seen, int) and self.starts is None:
+            new = rows[:, : max(0, count - seen)]
+            self.first[:, seen : seen + new.shape[1]] = new
+            return
+        length = rows.shape[1]
+        index = self._starts(rows) + torch.arange(count, device=rows.device) - seen
+        taken = _taken(rows, index.clamp(0, length - 1))
+        new = (index >= 0) & (index < length)
+        self.first.copy_(torch.where(new[..., None], taken, self.first))
+
+    def whole(self, rows: torch.Tensor, seen) -> torch.Tensor:
+        """Rows [B, S, c] read from codes, in place, with the first tokens as they were.
+
+        Args:
+            seen: all tokens that were given to the cache, of which it may have dropped the first.
+        """
+        assert self.first is not None
+        total, count = rows.shape[1], self.first.shape[1]
+        if isinstance(seen, int) and self.starts is None:
+            gone = max(0, seen - total)
+            kept = self.first[:, gone : min(count, seen)]
+            rows[:, : kept.shape[1]] = kept
+            return rows
+        # A window of slots that begins where the first token is, if that is there still.
+        dropped = (torch.as_tensor(seen, device=rows.device) - total).clamp_min(0)
+        begin = self._starts(rows) - dropped
+        slots = begin.clamp(0, max(0, total - count))
+        slots = slots + torch.arange(min(count, total), device=rows.device)
+        number = slots - begin
+        there = (number >= 0) & (number < count) & (slots + dropped < seen)
+        first = _taken(self.first, number.clamp(0, count - 1))
+        place = slots[..., None].expand(-1, -1, rows.shape[-1])
+        new = torch.where(there[..., None], first, rows.gather(1, place))
+        return rows.scatter_(1, place, new)
+
+    def _starts(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, 1]"""
+        if self.starts is None:
+            return torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        return self.starts[:, None]
+
+    def _select(self, batch: torch.Tensor):
+        self.first = None if self.first is None else self.first[batch.to(self.first.device)]
+        self.starts = None if self.starts is None else self.starts[batch.to(self.starts.device)]
+
+    def reset(self):
+        super().reset()
+        self.first = self.starts = None
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.first is not None:
+            self._select(torch.arange(len(self.first)).repeat_interleave(repeats))
+
+
+def _taken(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of rows [B, S, c] those of index [B, K]."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+class CodedLayer(FirstTokens, DynamicLayer):
+    """A growing cache of coded rows, which does not copy what it holds for every new token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (x[:, :, :0] for x in (key_states, value_states))
+            self._buffers = [self.keys, self.values]
+        self.keys = self._grown(0, self.keys, key_states)
+        self.values = self._grown(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _grown(self, number: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length, total = held.shape[2], held.shape[2] + new.shape[2]
+        buffer = self._buffers[number]
+        # Other tensors were put in their place, by a choice of sequences or a move to the CPU.
+        moved = held.data_ptr() != buffer.data_ptr() or held.shape[:2] != buffer.shape[:2]
+        if moved or total > buffer.shape[2]:
+            room = total + max(LEAST_GROWTH, total // GROWTH)
+            buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
+            buffer[:, :, :length] = held
+            self._buffers[number] = buffer
+        buffer[:, :, length:total] = new
+        return buffer[:, :, :total]
+
+
+class CodedSlidingLayer(FirstTokens, DynamicSlidingWindowLayer):
+    """A cache of coded rows that keeps a window of them."""
+
+
+class CodedStaticLayer(FirstTokens, StaticLayer):
+    """A cache of coded rows of a fixed size."""
+
+
+class CodedStaticSlidingLayer(FirstTokens, StaticSlidingWindowLayer):
+    """A cache of coded rows of a fixed size that keeps a window of them."""
+
+
+CODED: dict[type, type[FirstTokens]] = {
+    DynamicLayer: CodedLayer,
+    DynamicSlidingWindowLayer: CodedSlidingLayer,
+    StaticLayer: CodedStaticLayer,
+    StaticSlidingWindowLayer: CodedStaticSlidingLayer,
+}
+
+
+def coded_layer(cache: Cache, layer_idx: int) -> FirstTokens:
+    """The cache's layer of that number, made one of coded rows while it is empty.
+
+    Raises:
+        ValueError: the cache is of a kind that cannot hold codes.
+    """
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, FirstTokens):
+        return layer
+    kind = CODED.get(type(layer))
+    if kind is None or layer.is_initialized:
+        raise ValueError(
+            f"{type(cache).__name__} with a {type(layer).__name__} cannot hold what this model "
+            "caches, which is coded already. Give a DynamicCache or a StaticCache, or none."
+        )
+    coded = kind.__new__(kind)
+    coded.__dict__.update(layer.__dict__)
+    cache.layers[layer_idx] = coded
+    return coded

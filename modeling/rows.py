@@ -1,0 +1,94 @@
+"""How a layer's rows go into a cache, and what attention then reads of them.
+
+A row is what a layout caches of a token: keys and values [B, 1, T, ...]. B batch, T new tokens, S
+tokens in the cache.
+"""
+
+from typing import Any
+
+import torch
+
+from .coded_cache import coded_layer
+from .coding import Code, first_real
+
+
+class PlainRows:
+    """Rows that are cached as they are."""
+
+    def alone(self, keys, values, mask, positions):
+        """Keys and values as attention reads them without a cache."""
+        return keys, values
+
+    def update(self, cache, layer_idx: int, keys, values, mask, kwargs: dict[str, Any]):
+        """Keys and values [B, 1, S, ...] of all cached tokens, new ones among them."""
+        return cache.update(keys, values, layer_idx, kwargs=kwargs)
+
+
+class CodedRows:
+    """Rows that are cached as codes, but for each sequence's first tokens.
+
+    What is read is the same with a cache and without one: every row by its code, also in the
+    forward pass that made it.
+
+    Args:
+        keys, values: the codes of both. What values have beyond theirs is cached as it is.
+        exact: how many first tokens of a sequence are kept whole. Their keys and values are like
+            no others', and all later tokens read them (attention sinks, 2309.17453).
+    """
+
+    def __init__(self, keys: Code, values: Code, exact: int):
+        self.keys, self.values, self.exact = keys, values, exact
+
+    def alone(self, keys, values, mask, positions):
+        rows, rest = self._rows(keys, values)
+        read = self._rounded(rows)
+        starts = first_real(mask, positions, rows.shape[1])
+        if starts is None:
+            read = torch.cat((rows[:, : self.exact], read[:, self.exact :]), dim=1)
+        else:
+            since = torch.arange(rows.shape[1], device=rows.device) - starts[:, None]
+            whole = (since >= 0) & (since < self.exact)
+            read = torch.where(whole[..., None], rows, read)
+        return self._parts(read, rest)
+
+    def update(self, cache, layer_idx, keys, values, mask, kwargs):
+        rows, rest = self._rows(keys, values)
+        layer = coded_layer(cache, layer_idx)
+        seen, length = cache.get_seq_length(layer_idx), rows.shape[1]
+        if isinstance(seen, torch.Tensor):
+            seen = seen.clone()  # a static cache counts it up in place
+        starts = None
+        if layer.first is None:
+            starts = first_real(mask, kwargs.get("position_ids"), length)
+        layer.keep_first(rows.detach(), seen, self.exact, starts)
+        codes, rest = cache.update(self._packed(rows), rest, layer_idx, kwargs=kwargs)
+        read = layer.whole(self._widened(codes.squeeze(1), rows.dtype), seen + length)
+        if rows.requires_grad:  # the new tokens' own take part in the gradient
+            new = self._rounded(rows)
+            read = torch.cat((read[:, :-length], read[:, -length:] + new - new.detach()), dim=1)
+        return self._parts(read, rest)
+
+    def _rows(self, keys, values):
+        """Rows [B, T, c], and what is not coded of values."""
+        coded, rest = values.split(
+            [self.values.channels, values.shape[-1] - self.values.channels], dim=-1
+        )
+        return torch.cat((keys, coded), dim=-1).squeeze(1), rest
+
+    def _parts(self, rows, rest):
+        """Keys and values [B, 1, S, ...] of rows [B, S, c]."""
+        keys, values = rows.unsqueeze(1).split([self.keys.channels, self.values.channels], dim=-1)
+        return keys, torch.cat((values, rest), dim=-1)
+
+    def _rounded(self, rows):
+        keys, values = rows.split([self.keys.channels, self.values.channels], dim=-1)
+        return torch.cat((self.keys.rounded(keys), self.values.rounded(values)), dim=-1)
+
+    def _packed(self, rows):
+        keys, values = rows.split([self.keys.channels, self.values.channels], dim=-1)
+        packed = torch.cat((self.keys.packed(keys), self.values.packed(values)), dim=-1)
+        return packed.unsqueeze(1)
+
+    def _widened(self, codes, dtype):
+        keys, values = codes.split([self.keys.bytes, self.values.bytes], dim=-1)
+        return torch.cat((self.keys.widened(keys, dtype), self.values.widened(values, dtype)), -1)
