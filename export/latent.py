@@ -41,6 +41,12 @@ def exportable_family(source: Source) -> Family:
     if config.form_name != "MLA":
         form = config.form_name + ("-KR" if getattr(config, "key_reuse", False) else "")
         raise InputError(f"{path} is {form}, which no stock class holds. {AGAIN}")
+    if config.code_channels is not None:
+        raise InputError(
+            f"{path} caches codes of 8, 4 and 2 bits, which no stock class and no engine reads. "
+            "Convert the original again with --to mla --kv-bits 16, and with --native, or --preset "
+            "engine for deepseek and gguf."
+        )
     slides = window_in_use(config)
     if slides:
         raise InputError(
