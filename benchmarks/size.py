@@ -242,6 +242,7 @@ def weights(budgets: str = "50,33,25,12.5") -> None:
                 "converted": offer.kv_bytes_per_token,
             }
             form = offer.form + (" on-read" if offer.rope == "on-read" else "")
+            form += " coded" if offer.kv_bits != "16" else ""
             cells = [name, form, f"{offer.kv_budget:.1%}" + " exact" * offer.exact]
             cells += [f"{found / 1e9:.3f}B", f"{found / own:.2f}", str(kv_bytes["converted"])]
             cells += [str(pays_from_tokens(own, found, kv_bytes, 2))]

@@ -21,14 +21,16 @@ LEGEND = (
     "[dim]in 24 GB: tokens a sequence beside the weights, one sequence / 32 at once. weights: "
     "attention's. pays: cached tokens of all sequences from which on weights and cache "
     "take less memory than now. FRH, SLSD, TER: rank of a head, of what keys are read from, "
-    "and of all heads together (2412.19255).[/]"
+    "and of all heads together (2412.19255). coded: --kv-bits auto; ~ is about, for only "
+    "calibration tells how many bits each number gets.[/]"
 )
 ADVICE = (
     "When to take which: [bold]mla[/] decodes fast and has DeepSeek's layout, which engines know; "
     "[bold]mla --rope on-read[/] is nearest to the original at every size and takes a little more "
     "time; [bold]gqa[/] and [bold]mqa[/] stay the family's own class, which everything loads; "
     "[bold]mfa-kr[/] is nearer than mla at the same cache for more parameters; [bold]mfa[/] is the "
-    "simplest to serve."
+    "simplest to serve. [bold]coded[/] (mla --kv-bits auto) keeps most of the original in a small "
+    "cache, and runs in transformers with rehead's classes alone."
 )
 
 
@@ -57,7 +59,13 @@ def _inspect(model: str) -> dict[str, Any]:
 
     from ..converters import InputError
     from ..converters.inspection import describe, offers
-    from ..evaluation import cache_bytes_of_config, capacity, load_config, parameter_counts
+    from ..evaluation import (
+        cache_bytes_of_config,
+        capacity,
+        exact_bytes,
+        load_config,
+        parameter_counts,
+    )
 
     config = load_config(model)
     found = {"model": model} | describe(config)
@@ -68,7 +76,8 @@ def _inspect(model: str) -> dict[str, Any]:
         "parameters": total,
         "attention_parameters": attention,
         "capacity": asdict(capacity(config)),
-        "contexts": _contexts(total * itemsize, found["kv_bytes_per_token"]),
+        "exact_bytes": exact_bytes(config),
+        "contexts": _contexts(total * itemsize, found["kv_bytes_per_token"], exact_bytes(config)),
         "recommended": None,
         "refused": None,
         "forms": [],
@@ -85,7 +94,7 @@ def _inspect(model: str) -> dict[str, Any]:
 def _offer(offer: "Offer", found: dict[str, Any], itemsize: int) -> dict[str, Any]:
     """An offer as JSON, with what its config says beside what was found of the source."""
     from ..converters.inspection import pays_from_tokens
-    from ..evaluation import capacity, parameter_counts
+    from ..evaluation import capacity, exact_bytes, parameter_counts
 
     fields = {k: v for k, v in vars(offer).items() if k != "config"}
     if offer.config is None or offer.kv_bytes_per_token is None:
@@ -93,21 +102,27 @@ def _offer(offer: "Offer", found: dict[str, Any], itemsize: int) -> dict[str, An
     attention, before = parameter_counts(offer.config)[1], found["attention_parameters"]
     rest = found["parameters"] - before
     kv_bytes = {"source": found["kv_bytes_per_token"], "converted": offer.kv_bytes_per_token}
+    whole = exact_bytes(offer.config)
     return fields | {
+        "exact_bytes": whole,
         "attention_parameters": attention,
         "pays_from_tokens": pays_from_tokens(before, attention, kv_bytes, itemsize),
         "capacity": asdict(capacity(offer.config)),
-        "contexts": _contexts((rest + attention) * itemsize, offer.kv_bytes_per_token),
+        "contexts": _contexts((rest + attention) * itemsize, offer.kv_bytes_per_token, whole),
     }
 
 
-def _contexts(weights: int, per_token: int) -> list[dict[str, int]]:
-    """How many tokens' cache fits beside the weights, for every memory and batch."""
+def _contexts(weights: int, per_token: int, exact: int) -> list[dict[str, int]]:
+    """How many tokens' cache fits beside the weights, for every memory and batch.
+
+    Args:
+        exact: bytes of the first tokens of each sequence, where they are kept whole.
+    """
     return [
         {
             "memory_gb": memory,
             "batch": batch,
-            "tokens": max(0, int(memory * 1e9 - weights) // (per_token * batch)),
+            "tokens": max(0, int(memory * 1e9 - weights) // batch - exact) // per_token,
         }
         for memory in MEMORIES
         for batch in BATCHES
@@ -156,6 +171,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     if wide:
         table.add_column("dims of a layer")
     now = found | {"form": f"now ({found['form']})", "kv_budget": 1.0, "rope": "", "dims": {}}
+    now |= {"kv_bits": "16"}
     for offer in (now, *found["forms"]):
         if offer["refused"] is None:
             table.add_row(*_cells(offer, memories)[: len(table.columns)])
@@ -166,14 +182,19 @@ def _show(console: Console, found: dict[str, Any]) -> None:
 
 
 def _cells(offer: dict[str, Any], memories: Sequence[int]) -> list[str]:
-    form = offer["form"] + (" on-read" if offer["rope"] == "on-read" else "")
+    coded = offer["kv_bits"] != "16"
+    on_read = offer["rope"] == "on-read"
+    form = offer["form"] + (" on-read" if on_read else "")
+    if coded:  # short enough for a terminal of 80 columns
+        form = "on-read coded" if on_read else "mla coded"
     tokens = {(c["memory_gb"], c["batch"]): _short(c["tokens"]) for c in offer["contexts"]}
     fits = [" / ".join(tokens[memory, batch] for batch in BATCHES) for memory in memories]
     measures = [f"{offer['capacity'][name]:.0f}" for name in ("frh", "slsd", "ter")]
     dims = ", ".join(f"{name} {value}" for name, value in offer["dims"].items())
+    dims = f"about {dims}" if coded else dims
     exact = " exact" if offer.get("exact") else ""
     share, each = f"{100 * offer['kv_budget']:.3g}%{exact}", size(offer["kv_bytes_per_token"])
-    weights = _short(offer["attention_parameters"])
+    weights = ("~" if coded else "") + _short(offer["attention_parameters"])
     pays = offer.get("pays_from_tokens")
     pays = "" if offer["kv_budget"] == 1 else "never" if pays is None else _short(pays)
     return [form, share, each, *fits, weights, pays, *measures, dims]

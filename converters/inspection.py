@@ -1,5 +1,6 @@
 """What a model's cache is, and what it could be, from its config alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .coded import CodedDims
+from .coding import Counts
 from .errors import InputError
 from .families import FAMILIES, family_of
 from .recipe import LayerReport, Recipe
 from .targets import ROPES, TARGETS, Dims, MFATarget, Target, target_of
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
+OFFERED_BITS = ("16", "auto")
 
 
 def pays_from_tokens(
@@ -51,6 +54,8 @@ class Offer:
 
     Args:
         kv_budget: the share of the source's cache it keeps; where it is refused, that was asked.
+        kv_bits: of a cached number, as `convert` takes them. With "auto" dims are about what they
+            would be: which number has how many bits is known after calibration alone.
         dims: of a layer of mean width, by the config's names.
         kv_bytes_per_token: over all layers.
         config: of such a model, all its layers with these dims.
@@ -61,6 +66,7 @@ class Offer:
     form: str
     kv_budget: float
     rope: str = "decoupled"
+    kv_bits: str = "16"
     dims: dict[str, int] | None = None
     kv_bytes_per_token: int | None = None
     config: PretrainedConfig | None = None
@@ -97,35 +103,45 @@ def offers(config: PretrainedConfig, shares: Sequence[float] = SHARES) -> list[O
     family_of(config)
     found: list[Offer] = []
     seen = set()
-    for form in TARGETS:
-        for rope in ROPES if form == "mla" else ROPES[:1]:
-            for share in shares:
-                offer = _offer(config, form, rope, share)
-                key = (form, rope, offer.refused or offer.kv_budget)
-                if key not in seen:  # of heads there are only so many
-                    found.append(offer)
-                seen.add(key)
+    ways = [
+        (form, rope, bits)
+        for form in TARGETS
+        for rope in (ROPES if form == "mla" else ROPES[:1])
+        for bits in (OFFERED_BITS if form == "mla" else OFFERED_BITS[:1])
+    ]
+    for way in ways:
+        for share in shares:
+            offer = _offer(config, *way, share)
+            key = (*way, offer.refused or offer.kv_budget)
+            if key not in seen:  # of heads there are only so many, and of bits
+                found.append(offer)
+            seen.add(key)
     return found
 
 
-def _offer(config: PretrainedConfig, form: str, rope: str, share: float) -> Offer:
-    recipe = Recipe("", form, rope, share, calibration="", samples=0, heal=0, seed=0)
+def _offer(config: PretrainedConfig, form: str, rope: str, bits: str, share: float) -> Offer:
+    recipe = Recipe("", form, rope, share, "", samples=0, heal=0, seed=0, kv_bits=bits)
     try:
         target = target_of(config, recipe)
     except InputError as error:
-        return Offer(form, share, rope, refused=str(error))
+        return Offer(form, share, rope, bits, refused=str(error))
     dims = _mean_dims(target)
     named = dims.named()
     size = config.num_hidden_layers * dims.bytes((config.dtype or torch.float32).itemsize)
     share = dims.width / target.source
     converted = config_of_dims(target, [dims] * config.num_hidden_layers)
-    return Offer(form, share, rope, named, size, converted, exact=target.exact)
+    return Offer(form, share, rope, bits, named, math.ceil(size), converted, exact=target.exact)
 
 
 def _mean_dims(target: Target) -> Any:
     if target.fixed is not None:
         return target.fixed[0]
     return target.dims(target.width, sorted(target.splits)[(len(target.splits) - 1) // 2])
+
+
+def code_of(dims: Dims) -> tuple[Counts, Counts] | None:
+    """How many channels of keys, and of values, have 8, 4 and 2 bits, where they are coded."""
+    return (dims.keys, dims.values) if isinstance(dims, CodedDims) else None
 
 
 def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:
@@ -137,7 +153,6 @@ def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:
             dims = {"share_q_dim": 0} | dims
         count = dims.get("qk_rope_head_dim", 0) // 2
         pairs = tuple(index % (target.head_dim // 2) for index in range(count))
-        code = (dim.keys, dim.values) if isinstance(dim, CodedDims) else None
-        reports.append(LayerReport(layer, dims, pairs, code=code))
+        reports.append(LayerReport(layer, dims, pairs, code=code_of(dim)))
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
     return target.config_of(reports, fields)

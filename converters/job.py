@@ -16,11 +16,11 @@ from .activations import Activations
 from .calibration import in_precision
 from .checkpoint import Source
 from .clock import Clock
-from .coded import CodedDims
 from .errors import InputError
 from .families import Family
 from .fisher import fisher_moments
 from .healing import Form, has_fast_bfloat16, heads_of, heal, output_error, reader_in
+from .inspection import code_of
 from .maps import AttentionMaps, attention
 from .memory import release
 from .plan import TRIED_WIDTHS, spend
@@ -297,7 +297,7 @@ class Job:
                         error,
                         parameters,
                         len(form.inv_freq),
-                        (dim.keys, dim.values) if isinstance(dim, CodedDims) else None,
+                        code_of(dim),
                         getattr(form, "energy", ()),
                     )
                 )

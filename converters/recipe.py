@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..modeling.coding import BITS
+
 # A layer is out of the ordinary whose error is so many times the median layer's, and no trifle.
 ODD_RATIO = 10.0
 ODD_ERROR = 0.05
@@ -61,10 +63,26 @@ class LayerReport:
     code: tuple[tuple[int, int, int], ...] | None = None
     energy: tuple[float, ...] = ()
 
+    @property
+    def codes(self) -> dict[str, tuple[int, int, int]]:
+        """What is coded -> how many of its channels have 8, 4 and 2 bits; empty if nothing is."""
+        if self.code is None:
+            return {}
+        keys, values = self.code
+        if not any(values):
+            return {"keys and values": keys}
+        return {"keys": keys, "values": values}
+
     def to_dict(self) -> dict[str, Any]:
         """Flat, the dims among the rest; without the spectrum, which is long."""
         fields = {k: v for k, v in asdict(self).items() if k not in ("pairs", "energy")}
         return {"layer": fields.pop("layer")} | fields.pop("dims") | fields
+
+
+def channel_words(counts: Sequence[int]) -> str:
+    """Counts of channels with 8, 4 and 2 bits in words, without those that are zero."""
+    each = [f"{count:,} of {bits}" for count, bits in zip(counts, BITS, strict=True) if count]
+    return f"channels: {', '.join(each)} bits"
 
 
 def odd_layers(layers: Sequence[LayerReport]) -> list[str]:
@@ -111,6 +129,24 @@ class Conversion:
     pays_from_tokens: int | None = None
     layers: list[LayerReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def channels(self) -> dict[int, int] | None:
+        """Bits -> how many channels of all layers have so many, where they are coded."""
+        codes = [counts for layer in self.layers for counts in layer.codes.values()]
+        if not codes:
+            return None
+        return dict(zip(BITS, map(sum, zip(*codes, strict=True)), strict=True))
+
+    @property
+    def coded(self) -> str | None:
+        """What the cached numbers are coded with, in words."""
+        if self.channels is None:
+            return None
+        return (
+            f"{16 * self.kv_budget:.3g} bits for each number that the original caches "
+            f"({channel_words([*self.channels.values()])})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""

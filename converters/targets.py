@@ -353,17 +353,26 @@ class CodedMLATarget(Target):
         return False
 
     def dims(self, width: int, share: float) -> CodedDims:
-        """Of a layer that has the mean of all bytes, each half in channels of 8 and of 2 bits."""
+        """Of a layer that has the mean of all bytes, as much of them in keys as in values.
+
+        They are about what calibration gives: every channel has 4 bits, or 8 where more bytes than
+        that are left.
+        """
         size = int(self.bytes / self.config.num_hidden_layers)
         most = min(2 * self.keys, self.config.hidden_size) if self.joint else self.keys
         return self._mean_dims(size, most)
 
     def _mean_dims(self, size: int, most: int) -> CodedDims:
-        parts = 1 if self.joint else 2
-        each = size // parts
-        bits = min(self.allowed) if len(self.allowed) == 1 else 4
-        count = max(4, min(each * 8 // bits, most) // 4 * 4)
-        found = tuple(count if bits == b else 0 for b in (8, 4, 2))
+        each = size if self.joint else size // 2
+        counts = dict.fromkeys((8, 4, 2), 0)
+        least = 4 if 4 in self.allowed else 8
+        counts[least] = max(4, min(each * 8 // least, most) // 4 * 4)
+        if 8 in self.allowed:  # 4 bits more for each channel that then has 8
+            more = max(0, each - sum(bits * count for bits, count in counts.items()) // 8)
+            wide = min(2 * more // 4 * 4, counts[4])
+            counts[4] -= wide
+            counts[8] += wide
+        found = tuple(counts.values())
         none = (0, 0, 0)
         return self._coded((found, none) if self.joint else (found, found))
 

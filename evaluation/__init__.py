@@ -3,7 +3,7 @@
 Importing this package makes rehead's own model classes known to transformers.
 """
 
-from .cache import cache_bytes_of_config, kv_bytes_per_token
+from .cache import cache_bytes_of_config, exact_bytes, kv_bytes_per_token
 from .capacity import Capacity, capacity, parameter_counts
 from .comparison import Comparison, Measured, compare, comparison_windows
 from .generation import continuation, own_texts
@@ -22,6 +22,7 @@ __all__ = [
     "compare",
     "comparison_windows",
     "continuation",
+    "exact_bytes",
     "kv_bytes_per_token",
     "load_config",
     "load_model",

@@ -33,6 +33,17 @@ def cache_bytes_of_config(config: PretrainedConfig) -> int:
     return kv_bytes_per_token(model.eval())
 
 
+def exact_bytes(config: PretrainedConfig) -> int:
+    """The bytes of each sequence's first tokens in a coded cache, where they are kept whole.
+
+    The room that a growing cache has for its next tokens is not counted.
+    """
+    if getattr(config, "code_channels", None) is None:
+        return 0
+    channels = sum(sum(counts) for layer in config.code_channels for counts in layer)
+    return channels * config.exact_tokens * (config.dtype or torch.float32).itemsize
+
+
 def _cache_bytes(model: Any, length: int) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(length, device=model.device).remainder(vocabulary)[None]  # [1, length]
