@@ -334,10 +334,14 @@ def _pays(tokens: int | None) -> str:
 
 
 def _summarize(console: Console, done: Any, *, parts: bool) -> None:
+    from ..converters.recipe import channel_words
+
     before, after = (done.kv_bytes_per_token[key] for key in ("source", "converted"))
     console.print(
         f"KV cache per token: {size(before)} -> [bold]{size(after)}[/] ({after / before:.1%})"
     )
+    if done.coded:
+        console.print(f"Cached numbers: {done.coded}")
     if done.attention_parameters:
         before, after = (done.attention_parameters[key] for key in ("source", "converted"))
         console.print(f"Attention's parameters: {before:,} -> {after:,} ({after / before:.1%})")
@@ -349,7 +353,8 @@ def _summarize(console: Console, done: Any, *, parts: bool) -> None:
     if done.output is None:
         for layer in done.layers:
             dims = ", ".join(f"{name} {value}" for name, value in layer.dims.items())
-            console.print(f"layer {layer.layer}: {dims}")
+            codes = (f"; {name} in {channel_words(counts)}" for name, counts in layer.codes.items())
+            console.print(f"layer {layer.layer}: {dims}{''.join(codes)}")
         console.print("A dry run: nothing was written.")
         return
     minutes, seconds = divmod(round(done.seconds), 60)

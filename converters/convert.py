@@ -24,11 +24,11 @@ from ..modeling.converted_config import FORMAT
 from .checkpoint import Source, copy_side_files, open_source
 from .errors import InputError, one_line
 from .families import family_of
-from .inspection import attention_parameters, config_of_dims, pays_from_tokens
+from .inspection import attention_parameters, code_of, config_of_dims, pays_from_tokens
 from .job import Job, Progress, cast
 from .memory import peak_rss_bytes
 from .model_card import model_card
-from .plan import parse_bits, parse_budget
+from .plan import check_exact_tokens, parse_bits, parse_budget
 from .processes import Processes
 from .recipe import Conversion, LayerReport, Recipe, odd_layers
 from .targets import ROPES, TARGETS, Dims, Target, target_of
@@ -149,10 +149,12 @@ def convert(
         check_output(output, force=force, protect=source.path)
         family = family_of(source.config)
         target = target_of(source.config, recipe)
+        check_exact_tokens(exact_tokens, recipe.kv_bits)
         if target.model_class is not None:  # told now, not by the verification hours later
             check_if_newer(target.model_class)
         stored_dtype, where = target_dtype(dtype, source), target_device(device, processes)
         tokens = calibration_tokens(source, recipe.samples, recipe.seed, calibration)
+        check_exact_tokens(exact_tokens, recipe.kv_bits, tokens.shape[1])
     recipe = replace(recipe, samples=len(tokens))  # a short text gives fewer
     progress = progress if progress and processes.first else _silent
     job = Job(source, family, recipe, target, where, progress, processes)
@@ -188,7 +190,7 @@ def convert(
     if dry_run:
         with processes.scratch() as scratch:
             dims = job.survey(tokens, scratch)
-        planned = [LayerReport(i, dim.named()) for i, dim in enumerate(dims)]
+        planned = [LayerReport(i, dim.named(), code=code_of(dim)) for i, dim in enumerate(dims)]
         return result(None, dims, planned)
     place = output.with_name(f".{output.name}.work")
     if not processes.first:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from .recipe import Conversion
+from .recipe import Conversion, LayerReport, channel_words
 from .targets import TARGETS, is_stock
 
 
@@ -15,10 +15,13 @@ def model_card(done: Conversion, source: PretrainedConfig) -> str:
     errors = [layer.error for layer in done.layers if layer.error is not None]
     layers = [layer for layer in done.layers if layer.error is not None]
     names = list(layers[0].dims) if layers else []
+    codes = [*layers[0].codes] if layers else []
     rows = "\n".join(
-        f"| {' | '.join(map(str, (layer.layer, *layer.dims.values())))} | {layer.error:.3g} |"
+        f"| {' | '.join(map(str, (layer.layer, *layer.dims.values(), *_codes(layer))))} "
+        f"| {layer.error:.3g} |"
         for layer in layers
     )
+    coded = f"\n\n{_coded(done)}" if done.coded else ""
     # Only a hub id may stand as base_model; a local path says nothing to others.
     named = recipe.source.count("/") == 1 and recipe.source[0] not in "./~"
     base = f"base_model: {recipe.source}\n" if named and not Path(recipe.source).exists() else ""
@@ -41,7 +44,7 @@ tags: [rehead, {done.form}]
 
 A {source.model_type} model converted to {TARGETS[done.form].title} by rehead.
 Its KV cache holds {cache["converted"]:,} bytes per token instead of {cache["source"]:,}
-({done.kv_budget:.1%}).
+({cache["converted"] / cache["source"]:.1%}).{coded}
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -58,7 +61,18 @@ Recipe: {rope}calibration text {recipe.calibration}, {recipe.samples} sequences,
 Relative squared error of each attention layer's output on held-out calibration text
 (mean {sum(errors) / max(1, len(errors)):.3g}):
 
-| {" | ".join(("layer", *names))} | error |
-{"|---" * (len(names) + 2)}|
+| {" | ".join(("layer", *names, *codes))} | error |
+{"|---" * (len(names) + len(codes) + 2)}|
 {rows}
 """
+
+
+def _coded(done: Conversion) -> str:
+    exact = done.recipe.exact_tokens
+    whole = f" The first {exact} tokens of a sequence are cached whole as well." if exact else ""
+    return f"What it caches is coded: {done.coded}.{whole}"
+
+
+def _codes(layer: LayerReport) -> list[str]:
+    """Of keys and of values, or of both together, the channels by their bits."""
+    return [channel_words(counts) for counts in layer.codes.values()]

@@ -84,6 +84,30 @@ def parse_bits(bits: str | int | None) -> str:
     return text
 
 
+def check_exact_tokens(count: int | None, bits: str, length: int | None = None) -> None:
+    """Raises unless so many first tokens can be kept whole.
+
+    Args:
+        count: None where nothing was asked.
+        bits: of a cached number, see `parse_bits`.
+        length: tokens of a calibration sequence, of which some must be left to code.
+    """
+    if count is None:
+        return
+    if bits == "16":
+        raise InputError(
+            f"--exact-tokens {count} keeps tokens out of a code, and nothing is coded here. Give "
+            "--kv-bits auto, 8 or 4, or leave it out."
+        )
+    if count < 0:
+        raise InputError(f"--exact-tokens {count} must be 0 or more.")
+    if length is not None and count >= length:
+        raise InputError(
+            f"--exact-tokens {count} leaves nothing to code of calibration sequences of {length} "
+            f"tokens. Give fewer than {length}."
+        )
+
+
 def split_width(width: int, share: float, most_rotated: int, most_rank: int) -> LayerDims:
     """A width split so that about `share` of it is rotated dims, an even number of them.
 

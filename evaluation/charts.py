@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..converters.recipe import Conversion, LayerReport
+from ..modeling.coding import BITS
 
 SIZE = (4.6, 2.9)  # inches; 390 CSS pixels are 4.06
 STYLE: dict[Any, Any] = {
@@ -24,6 +25,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+# Of channels with 8, 4 and 2 bits.
+SHADES = ("#08519c", "#6baed6", "#c6dbef")
 # Where a spectrum is drawn down to, as a share of all.
 LEAST_ENERGY = 1e-6
 
@@ -48,6 +51,29 @@ def dims(layers: Sequence[LayerReport]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
+    return figure
+
+
+def bits(layers: Sequence[LayerReport]) -> Figure:
+    """Every layer's channels, stacked by their bits: of keys and of values, or of both as one."""
+    names = [*layers[0].codes]
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * (1 + len(names)) / 2), layout="constrained")
+    at = [layer.layer for layer in layers]
+    below, panels = None, []
+    for row, name in enumerate(names, 1):
+        axes = figure.add_subplot(len(names), 1, row, ylabel=f"channels of {name}", sharex=below)
+        counts = np.array([layer.codes[name] for layer in layers])  # [layers, kinds]
+        base = np.zeros(len(layers), dtype=int)
+        for kind, width in enumerate(BITS):
+            axes.bar(at, counts[:, kind], bottom=base, color=SHADES[kind], label=f"{width} bits")
+            base = base + counts[:, kind]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        below = axes
+        panels.append(axes)
+    panels[-1].set_xlabel("layer")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(BITS), frameon=False)
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..converters.convert import FORMS
 from ..converters.errors import InputError
-from ..converters.recipe import Conversion, LayerReport
+from ..converters.recipe import Conversion, LayerReport, channel_words
 from .comparison import Comparison
 
 CONTEXTS = (4096, 32768, 131072)
@@ -118,6 +118,8 @@ def _summary(done: Conversion) -> str:
     parts = [
         f"A token takes {after:,} bytes of KV cache instead of {before:,} ({after / before:.1%})."
     ]
+    if done.coded is not None:
+        parts.append(f"What it caches is coded: {done.coded}.")
     errors = [layer.error for layer in done.layers if layer.error is not None]
     if errors:
         parts.append(
@@ -152,8 +154,13 @@ def _charts(done: Conversion) -> list[str]:
     if any(layer.error is not None for layer in layers):
         note = "Squared error over the squared output, on calibration text that was held out."
         found.insert(1, _chart("Error of each layer", note, charts.svg(charts.errors, layers)))
+    if done.channels is not None:
+        note = "The channels that each layer caches, by the bits that calibration gave them."
+        found.append(_chart("Bits of the cache", note, charts.svg(charts.bits, layers)))
     if any(layer.rope_pairs for layer in layers):
         note = "Components of keys that keep RoPE, by frequency; the others are free of position."
+        if done.channels is not None:
+            note = "Components of keys that are cached, by frequency; the others are left out."
         found.append(_chart("Rotated components", note, charts.svg(charts.rotated, layers)))
     if all(layer.energy for layer in layers):
         note = (
@@ -189,6 +196,8 @@ def _gib(size: int) -> str:
 
 def _recipe(done: Conversion) -> str:
     set_ = {k: v for k, v in asdict(done.recipe).items() if v not in (None, False)}
+    if done.channels is None:
+        set_.pop("exact_tokens", None)
     set_["kv_budget"] = f"{done.recipe.kv_budget:.2%} asked for, {done.kv_budget:.2%} used"
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
@@ -198,9 +207,12 @@ def _recipe(done: Conversion) -> str:
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
-    names = list(layers[0].dims)
+    names = [*layers[0].dims, *layers[0].codes]
     rows = [
-        (layer.layer, *layer.dims.values(), _short(layer.closed_form_error), _short(layer.error))
+        (
+            *(layer.layer, *layer.dims.values(), *map(channel_words, layer.codes.values())),
+            *(_short(layer.closed_form_error), _short(layer.error)),
+        )
         for layer in layers
     ]
     table = _table(("layer", *names, "closed form", "error"), rows)
