@@ -15,7 +15,7 @@ from .coding import Code, first_real
 class PlainRows:
     """Rows that are cached as they are."""
 
-    def alone(self, keys, values, mask, positions):
+    def alone(self, keys, values, mask):
         """Keys and values as attention reads them without a cache."""
         return keys, values
 
@@ -39,17 +39,28 @@ class CodedRows:
     def __init__(self, keys: Code, values: Code, exact: int):
         self.keys, self.values, self.exact = keys, values, exact
 
-    def alone(self, keys, values, mask, positions):
+    def alone(self, keys, values, mask):
         rows, rest = self._rows(keys, values)
-        read = self._rounded(rows)
-        starts = first_real(mask, positions, rows.shape[1])
-        if starts is None:
-            read = torch.cat((rows[:, : self.exact], read[:, self.exact :]), dim=1)
-        else:
-            since = torch.arange(rows.shape[1], device=rows.device) - starts[:, None]
-            whole = (since >= 0) & (since < self.exact)
-            read = torch.where(whole[..., None], rows, read)
-        return self._parts(read, rest)
+        starts = self.starts(None, 0, mask, rows.shape[1])
+        return self._parts(self._read_back(rows, 0, starts), rest)
+
+    def starts(self, cache, layer_idx: int, mask, length: int) -> torch.Tensor | None:
+        """The slot of each sequence's first token, after its padding, [B]; None for no padding.
+
+        The `length` new tokens are not in the cache yet. A sequence of which there was nothing but
+        padding so far begins among them or behind them.
+        """
+        if cache is None:
+            return first_real(mask, length)
+        layer, seen = coded_layer(cache, layer_idx), cache.get_seq_length(layer_idx)
+        if layer.first is None:
+            return first_real(mask, length)
+        if layer.starts is None:
+            return None
+        found = first_real(mask, length, seen - cache.get_mask_sizes(length, layer_idx)[1])
+        if found is None:
+            return layer.starts
+        return torch.where(layer.starts < seen, layer.starts, seen + found)
 
     def update(self, cache, layer_idx, keys, values, mask, kwargs):
         rows, rest = self._rows(keys, values)
@@ -57,15 +68,15 @@ class CodedRows:
         seen, length = cache.get_seq_length(layer_idx), rows.shape[1]
         if isinstance(seen, torch.Tensor):
             seen = seen.clone()  # a static cache counts it up in place
-        starts = None
-        if layer.first is None:
-            starts = first_real(mask, kwargs.get("position_ids"), length)
+        starts = self.starts(cache, layer_idx, mask, length)
         layer.keep_first(rows.detach(), seen, self.exact, starts)
         codes, rest = cache.update(self._packed(rows), rest, layer_idx, kwargs=kwargs)
         read = layer.whole(self._widened(codes.squeeze(1), rows.dtype), seen + length)
         if rows.requires_grad:  # the new tokens' own take part in the gradient
-            new = self._rounded(rows)
-            read = torch.cat((read[:, :-length], read[:, -length:] + new - new.detach()), dim=1)
+            # Where they lie: a static cache has room behind them, a sliding one has dropped some.
+            last = torch.arange(length, device=rows.device) + read.shape[1] - length
+            slots = torch.minimum(torch.arange(length, device=rows.device) + seen, last)
+            read = read.index_copy(1, slots, self._read_back(rows, seen, starts))
         return self._parts(read, rest)
 
     def _rows(self, keys, values):
@@ -80,9 +91,15 @@ class CodedRows:
         keys, values = rows.unsqueeze(1).split([self.keys.channels, self.values.channels], dim=-1)
         return keys, torch.cat((values, rest), dim=-1)
 
-    def _rounded(self, rows):
+    def _read_back(self, rows, seen, starts):
+        """Rows [B, T, c] as they are read behind `seen` others."""
         keys, values = rows.split([self.keys.channels, self.values.channels], dim=-1)
-        return torch.cat((self.keys.rounded(keys), self.values.rounded(values)), dim=-1)
+        read = torch.cat((self.keys.rounded(keys), self.values.rounded(values)), dim=-1)
+        since = torch.arange(rows.shape[1], device=rows.device) + seen
+        if starts is not None:
+            since = since - starts[:, None]
+        whole = (since >= 0) & (since < self.exact)
+        return torch.where(whole[..., None], rows, read)
 
     def _packed(self, rows):
         keys, values = rows.split([self.keys.channels, self.values.channels], dim=-1)
