@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..modeling.coding import Code
-from .coding import Channels, Counts, steps_of
+from .coding import Channels, Counts, order_of, steps_of
 from .latent import LatentAttention, SharedKeyAttention, of_source
 from .lowrank import Factors, WeightedSVD, square_roots
 from .maps import AttentionMaps, normalised, project, rotate, token_angles
@@ -193,9 +193,9 @@ class JointTransform:
 
     def build(self, dims: CodedDims) -> Coded:
         """The layer with the first channels coded."""
-        maps, count, groups = self.maps, sum(dims.keys), self.maps.kv_heads
-        step = steps_of(dims.keys, maps.q)
-        down, up = self.factors.down[:count], self.factors.up[:, :count]
+        maps, groups = self.maps, self.maps.kv_heads
+        step, order = steps_of(dims.keys, maps.q), order_of(dims.keys)
+        down, up = self.factors.down[order], self.factors.up[:, order]
         split = [groups * maps.qk_dim, groups * maps.v_dim]
         key_rows, value_rows = (part.unflatten(0, (groups, -1)) for part in up.split(split))
         kv_b = torch.cat([key_rows, value_rows], dim=1) * step
@@ -259,16 +259,16 @@ class TurnedTransform:
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
         """The layer with the first components and the first channels of values coded."""
         maps, mean = self.maps, self.moments.mean
-        count, rank = sum(dims.keys) // 2, sum(dims.values)
         step = steps_of(dims.keys, maps.q)
-        found = self.components.first(count)
+        found = self.components.of([place // 2 for place in order_of(dims.keys)[::2]])
         chosen = list(found.pairs)
         half = maps.qk_dim // 2
         real, imag = maps.k[:, chosen], maps.k[:, [half + pair for pair in chosen]]  # [G, n, D]
         made = torch.einsum("ng,gnd->nd", found.analysis, torch.complex(real, imag))
         rows = torch.view_as_real(made).movedim(-1, 1).flatten(0, 1)  # parts side by side
         v_step = steps_of(dims.values, maps.q)
-        down, up = self.values.down[:rank], self.values.up[:, :rank]
+        order = order_of(dims.values)
+        down, up = self.values.down[order], self.values.up[:, order]
         kv_a = torch.cat([rows / step[:, None], down / v_step[:, None]])
         synthesis = found.synthesis.mT * step[::2]
         key_mean = maps.k @ mean
@@ -304,12 +304,12 @@ class KeyComponents:
     analysis: Complex[Tensor, "n G"]
     synthesis: Complex[Tensor, "n G"]
 
-    def first(self, count: int) -> "KeyComponents":
+    def of(self, chosen: list[int]) -> "KeyComponents":
         return KeyComponents(
-            self.energy[:count],
-            self.pairs[:count],
-            self.analysis[:count],
-            self.synthesis[:count],
+            self.energy[chosen],
+            tuple(self.pairs[index] for index in chosen),
+            self.analysis[chosen],
+            self.synthesis[chosen],
         )
 
 
@@ -346,10 +346,6 @@ def key_components(maps: AttentionMaps, moments: CodingMoments) -> KeyComponents
         energies.append(variance)
         pairs += [pair] * groups
     energy = torch.cat(energies)
-    order = energy.argsort(descending=True, stable=True)
-    return KeyComponents(
-        energy[order],
-        tuple(pairs[index] for index in order.tolist()),
-        torch.cat(analysis)[order],
-        torch.cat(synthesis)[order],
-    )
+    order = energy.argsort(descending=True, stable=True).tolist()
+    found = KeyComponents(energy, tuple(pairs), torch.cat(analysis), torch.cat(synthesis))
+    return found.of(order)

@@ -54,7 +54,7 @@ class Channels:
         counts = dict.fromkeys(BITS, 0)
         taken, above = 0, 0
         for bits in sorted(allowed, reverse=True):
-            whole = max(self.unit, 8 // bits) // self.unit  # units to whole bytes
+            whole = 8 // bits  # units, so that no unit lies in two stretches of a row
             wanted = max(0, reached[bits] - taken)
             last = bits == min(allowed)
             found = round(wanted / whole) * whole
@@ -101,6 +101,13 @@ def deal(
 
 
 def steps_of(counts: Counts, like: Tensor) -> Float[Tensor, " c"]:
-    """Every channel's step in its standard deviations."""
-    sizes = torch.tensor([STEPS[bits] for bits in BITS])
-    return sizes.repeat_interleave(torch.tensor(counts)).to(like)
+    """The step of every channel of a row, in the channel's standard deviations."""
+    return torch.tensor([STEPS[bits] for bits in Code(counts).bits()]).to(like)
+
+
+def order_of(counts: Counts) -> list[int]:
+    """For every channel of a row, which it is by falling energy."""
+    order = [0] * sum(counts)
+    for number, place in enumerate(Code(counts).places()):
+        order[place] = number
+    return order

@@ -6,7 +6,8 @@ head has its own output map: a group keeps the best V directions of all its valu
 may be any complex multiple, frequency by frequency, since that commutes with RoPE and every query
 head has its own query map: a group keeps, of every frequency, the best single complex component of
 all its keys. From there keys and queries are fitted in turn, and now pairs of different frequency
-may help each other out as far as they stay in phase over the lags that attention spans.
+may help each other out as far as they stay in phase over the lags that attention spans. Queries and
+keys that are normalised are merged likewise, see `shared_norm`.
 
 Letters: H query heads, G source KV heads, K target KV heads, S source KV heads of one group
 (S = G/K), R query heads of a source KV head, E query and key width, P = E/2 pairs, V value width,
@@ -37,7 +38,8 @@ from .errors import InputError
 from .grouping import Group, best_partition
 from .lowrank import weighted_svd
 from .maps import AttentionMaps, augmented, position_angles, rotate
-from .shared_key import KeyProblem, commuting_moment, shared_key
+from .shared_key import RIDGE, KeyProblem, SharedKey, commuting_moment, shared_key
+from .shared_norm import KEY_RIDGE, MergedHeads, linear_keys, merge_normalised
 
 POOLINGS = ("aligned", "mean")
 
@@ -57,6 +59,7 @@ class GQA:
         scaling: the score multiplier, a rotary attention factor included.
         q_bias, k_bias, v_bias, o_bias: there exactly where the source has them, for a stock config
             has one flag for all.
+        q_norm, k_norm, norm_eps: of queries, and of keys, before their rotation, as in the maps.
         window: how many keys a query reads; None for all.
         softcap: what scores are capped by; None for nothing.
     """
@@ -71,6 +74,9 @@ class GQA:
     k_bias: Float[Tensor, "K E"] | None = None
     v_bias: Float[Tensor, "K V"] | None = None
     o_bias: Float[Tensor, " D"] | None = None
+    q_norm: Float[Tensor, " E"] | Float[Tensor, "H E"] | None = None
+    k_norm: Float[Tensor, " E"] | Float[Tensor, "K E"] | None = None
+    norm_eps: float = 0.0
     window: int | None = None
     softcap: float | None = None
 
@@ -105,7 +111,7 @@ class GQA:
         return self.expand()
 
     def state_dict(self, rope_factor: float = 1.0) -> dict[str, Tensor]:
-        """Tensors by the names of the family's own attention module.
+        """Tensors by the names of the family's own attention module, its norms' weights whole.
 
         Args:
             rope_factor: what other forms need; the stock class gives it to every pair.
@@ -116,6 +122,9 @@ class GQA:
             tensors[f"{name}_proj.weight"] = getattr(self, name).flatten(0, 1)
             bias = getattr(self, f"{name}_bias")
             tensors[f"{name}_proj.bias"] = None if bias is None else bias.flatten()
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(self, name)
+            tensors[f"{name}.weight"] = None if norm is None else norm.flatten()
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -126,14 +135,17 @@ class GQAMoments:
     Args:
         queries: second moment of every head's un-rotated queries, times what their scores count.
         lags: share of t - s = 0, 1, ... in what the scores of a head count.
-        key_inputs: second moment of [x, 1] as keys, under the same weights.
+        key_inputs: second moment of [x, 1] as keys, under the same weights; where keys are
+            normalised, of [x, 1] times the geometric mean of the heads' inverse RMS.
         values: Gauss-Newton factors of the value maps.
+        keys: where they are normalised, their second moment with the same; None elsewhere.
     """
 
     queries: Float[Tensor, "H E E"]
     lags: Float[Tensor, "H T"]
     key_inputs: Float[Tensor, "D1 D1"]
     values: Kronecker
+    keys: Float[Tensor, "M D1"] | None = None
 
 
 def gqa_moments(
@@ -155,6 +167,8 @@ def gqa_moments(
     )
     lags = torch.zeros(maps.heads, length, dtype=torch.float64, device=x.device)
     inputs = torch.zeros(maps.hidden + 1, maps.hidden + 1, dtype=torch.float64, device=x.device)
+    keys: Any = 0.0
+    total = 0.0
     for sequence in x:
         read = torch.zeros(length, device=x.device)
         for seen in attend(narrow, sequence):
@@ -164,13 +178,20 @@ def gqa_moments(
             add_by_lag(lags, weights)
             read[: seen.rows.stop] += weights.sum((0, 1))
         keyed = torch.cat([sequence, torch.ones_like(sequence[:, :1])], dim=1)
+        total += float(read.sum())
+        if maps.k_norm is not None:
+            keyed = keyed * narrow.key_scales(sequence).log().mean(1, keepdim=True).exp()
+            weighed = narrow.keys(sequence).flatten(1) * read[:, None]
+            keys = keys + (weighed.T @ keyed).double()
         inputs += ((keyed * read[:, None]).T @ keyed).double()
+    total = max(total, 1e-300)
     gradients = probe_gradients(narrow, x, generator)[1]
     return GQAMoments(
         queries=queries * maps.scaling**2 / (x.shape[0] * length),
         lags=lags / lags.sum(1, keepdim=True).clamp_min(1e-300),
-        key_inputs=inputs / inputs[-1, -1].clamp_min(1e-300),
+        key_inputs=inputs / total,
         values=kronecker(x, gradients.flatten(2)),
+        keys=None if maps.k_norm is None else keys / total,
     )
 
 
@@ -208,8 +229,6 @@ def to_gqa(
     if pooling not in POOLINGS:
         raise InputError(f"pooling {pooling!r} is unknown. Use one of {', '.join(POOLINGS)}.")
     moments = in_precision(moments, maps.q.dtype)
-    if maps.k_norm is not None:
-        raise ValueError("heads that share a key would share its norm: not supported.")
     if num_key_value_heads == groups:
         return GQA(**_as_they_are(maps))
     if pooling == "mean":
@@ -226,6 +245,8 @@ def mean_pooled(maps: AttentionMaps, num_key_value_heads: int) -> GQA:
         return None if tensor is None else tensor.unflatten(0, (num_key_value_heads, -1)).mean(1)
 
     pooled = {name: mean(getattr(maps, name)) for name in ("k", "v", "k_bias", "v_bias")}
+    if maps.k_norm is not None and maps.k_norm.dim() == 2:  # a weight for every head
+        pooled["k_norm"] = mean(maps.k_norm)
     return GQA(**_as_they_are(maps) | pooled)
 
 
@@ -262,21 +283,17 @@ def merge_values(maps: AttentionMaps, moments: GQAMoments, group: Group) -> Merg
 
 def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ...]) -> GQA:
     """The layer with every group of source KV heads merged, its query heads side by side."""
-    by_kv_head = (maps.kv_heads, maps.repeats)
-    source_queries = augmented(maps.q, maps.q_bias).unflatten(0, by_kv_head)  # [G, R, E, D1]
-    source_keys = augmented(maps.k, maps.k_bias)  # [G, E, D1]
-    outputs = maps.o.unflatten(1, by_kv_head)  # [D, G, R, V]
+    outputs = maps.o.unflatten(1, (maps.kv_heads, maps.repeats))  # [D, G, R, V]
     problem = key_problem(maps, moments)
-    q, k, v, o = [], [], [], []
+    ridge = RIDGE if maps.k_norm is None else KEY_RIDGE
+    shared = [shared_key(problem.of_group(group), ridge=ridge) for group in partition]
+    merged = merge_heads(maps, moments, shared, partition)
+    v, o = [], []
     for group in partition:
-        heads = list(group)
-        key = shared_key(problem.of_group(group))
-        merged = merge_values(maps, moments, group)
-        q.append(key.synthesis.mT @ source_queries[heads].flatten(0, 1))
-        k.append(key.analysis @ source_keys[heads].flatten(0, 1))
-        v.append(merged.down)
-        o.append(torch.einsum("dsrv,svw->dsrw", outputs[:, heads], merged.up).flatten(1, 2))
-    queries, keys, values = torch.cat(q), torch.stack(k), torch.stack(v)
+        found = merge_values(maps, moments, group)
+        v.append(found.down)
+        o.append(torch.einsum("dsrv,svw->dsrw", outputs[:, list(group)], found.up).flatten(1, 2))
+    queries, keys, values = merged.q, merged.k, torch.stack(v)
     gqa = GQA(
         q=queries[..., :-1],
         k=keys[..., :-1],
@@ -284,6 +301,9 @@ def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ..
         o=torch.cat(o, dim=1),
         inv_freq=maps.inv_freq,
         scaling=maps.scaling,
+        q_norm=merged.q_norm,
+        k_norm=merged.k_norm,
+        norm_eps=maps.norm_eps,
         window=maps.window,
         softcap=maps.softcap,
         q_bias=None if maps.q_bias is None else queries[..., -1],
@@ -292,6 +312,24 @@ def aligned(maps: AttentionMaps, moments: GQAMoments, partition: tuple[Group, ..
         o_bias=maps.o_bias,
     )
     return _with_constants(gqa, maps, moments.values.mean)
+
+
+def merge_heads(
+    maps: AttentionMaps,
+    moments: GQAMoments,
+    shared: list[SharedKey],
+    partition: tuple[Group, ...],
+) -> MergedHeads:
+    """Queries and keys of all groups, the query heads of each side by side."""
+    keys = source_keys(maps, moments)
+    if maps.k_norm is not None:
+        return merge_normalised(maps, keys, moments.key_inputs, moments.queries, shared, partition)
+    queries = augmented(maps.q, maps.q_bias).unflatten(0, (maps.kv_heads, -1))
+    q, k = [], []
+    for key, group in zip(shared, partition, strict=True):
+        q.append(key.synthesis.mT @ queries[list(group)].flatten(0, 1))
+        k.append(key.analysis @ keys[list(group)].flatten(0, 1))
+    return MergedHeads(q=torch.cat(q), k=torch.stack(k))
 
 
 def _with_constants(gqa: GQA, maps: AttentionMaps, mean: Float[Tensor, " D"]) -> GQA:
@@ -328,9 +366,16 @@ def _value_problem(
 
 def key_problem(maps: AttentionMaps, moments: GQAMoments) -> KeyProblem:
     """What a key shared by all heads would have to serve; groups are parts of it."""
-    stacked = augmented(maps.k, maps.k_bias).flatten(0, 1)
+    stacked = source_keys(maps, moments).flatten(0, 1)
     second = stacked @ moments.key_inputs @ stacked.mT
     return KeyProblem.of(second, moments.queries, moments.lags, maps.inv_freq)
+
+
+def source_keys(maps: AttentionMaps, moments: GQAMoments) -> Float[Tensor, "G E D1"]:
+    """Every KV head's key as a map of [x, 1]; the nearest one where keys are normalised."""
+    if moments.keys is None:
+        return augmented(maps.k, maps.k_bias)
+    return linear_keys(maps, moments.keys, moments.key_inputs)
 
 
 def similar_heads(

@@ -144,12 +144,17 @@ def commuting_moment(
     return weight, weight[:, :, None] * moment * weight[:, None, :]
 
 
-def shared_key(problem: KeyProblem, steps: int = STEPS) -> SharedKey:
-    """The commuting key, then analysis and synthesis fitted in turn; the error only falls."""
+def shared_key(problem: KeyProblem, steps: int = STEPS, ridge: float = RIDGE) -> SharedKey:
+    """The commuting key, then analysis and synthesis fitted in turn; the error only falls.
+
+    Args:
+        ridge: of the mean diagonal, what draws every step towards the key at hand.
+    """
     key = commuting_key(problem)
     for _ in range(steps):
-        key = _with_best_analysis(problem, _with_best_synthesis(problem, key))
-    return _with_best_synthesis(problem, key)
+        key = _with_best_synthesis(problem, key, ridge)
+        key = _with_best_analysis(problem, key, ridge)
+    return _with_best_synthesis(problem, key, ridge)
 
 
 def score_error(problem: KeyProblem, key: SharedKey) -> float:
@@ -171,28 +176,28 @@ def _turned_moments(
     return problem.turned(own), problem.turned(problem.of_heads(cross)), problem.turned(shared)
 
 
-def _with_best_synthesis(problem: KeyProblem, key: SharedKey) -> SharedKey:
+def _with_best_synthesis(problem: KeyProblem, key: SharedKey, ridge: float) -> SharedKey:
     """Regression of R k_h on R z."""
     _, cross, shared = _turned_moments(problem, key)
     missing = cross - key.synthesis @ shared
-    step = torch.linalg.solve(_ridged(shared), missing.mT).mT
+    step = torch.linalg.solve(_ridged(shared, ridge), missing.mT).mT
     return replace(key, synthesis=key.synthesis + step)
 
 
-def _with_best_analysis(problem: KeyProblem, key: SharedKey) -> SharedKey:
+def _with_best_analysis(problem: KeyProblem, key: SharedKey, ridge: float) -> SharedKey:
     """The z that every head's queries, turned to it, agree on best."""
     met = key.synthesis.mT @ problem.queries
     shared = problem.turned(met @ key.synthesis, back=True).sum(0)
     wanted = problem.turned(met, back=True).unflatten(0, (-1, problem.repeats)).sum(1)  # [S, E, E]
     missing = wanted.transpose(0, 1).flatten(1) - shared @ key.analysis
-    return replace(key, analysis=key.analysis + torch.linalg.solve(_ridged(shared), missing))
+    return replace(key, analysis=key.analysis + torch.linalg.solve(_ridged(shared, ridge), missing))
 
 
-def _ridged(moment: Float[Tensor, "*H E E"]) -> Float[Tensor, "*H E E"]:
-    ridge = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = ridge.clamp_min(torch.finfo(ridge.dtype).tiny)
+def _ridged(moment: Float[Tensor, "*H E E"], ridge: float) -> Float[Tensor, "*H E E"]:
+    added = ridge * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    added = added.clamp_min(torch.finfo(added.dtype).tiny)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return moment + ridge[..., None, None] * eye
+    return moment + added[..., None, None] * eye
 
 
 def _multiplication(factor: Complex[Tensor, "S P"]) -> Float[Tensor, "S E E"]:

@@ -100,11 +100,6 @@ class Target(ABC):
         self.keys = self.kv_heads * self.head_dim
         self.rotatable = self.kv_heads * FAMILIES[config.model_type].rotary_dim(config)
         self.qk_norm = FAMILIES[config.model_type].qk_norm
-        if self.qk_norm and self.stock:
-            raise InputError(
-                f"{config.model_type} normalises every key, and no mix of two is normalised as "
-                "both are. Use --to mla, mfa or mfa-kr, which cache what keys are scaled by."
-            )
         if self.qk_norm and recipe.native:
             raise InputError(
                 f"{config.model_type} normalises every key, which --native classes do not. Leave "

@@ -54,19 +54,21 @@ class FirstTokens(CacheLayerMixin):
         new = (index >= 0) & (index < length)
         self.first.copy_(torch.where(new[..., None], taken, self.first))
 
-    def whole(self, rows: torch.Tensor, seen) -> torch.Tensor:
-        """Rows [B, S, c] read from codes, in place, with the first tokens as they were.
+    def put_first(self, rows: torch.Tensor, channel: int, seen) -> None:
+        """Puts the first tokens among rows [B, S, w] that were read from codes.
 
         Args:
+            channel: the first of the rows' channels.
             seen: all tokens that were given to the cache, of which it may have dropped the first.
         """
         assert self.first is not None
-        total, count = rows.shape[1], self.first.shape[1]
+        first = self.first[..., channel : channel + rows.shape[-1]]
+        total, count = rows.shape[1], first.shape[1]
         if isinstance(seen, int) and self.starts is None:
             gone = max(0, seen - total)
-            kept = self.first[:, gone : min(count, seen)]
+            kept = first[:, gone : min(count, seen)]
             rows[:, : kept.shape[1]] = kept
-            return rows
+            return
         # A window of slots that begins where the first token is, if that is there still.
         dropped = seen - total
         dropped = max(0, dropped) if isinstance(dropped, int) else dropped.clamp_min(0)
@@ -75,10 +77,9 @@ class FirstTokens(CacheLayerMixin):
         slots = slots + torch.arange(min(count, total), device=rows.device)
         number = slots - begin
         there = (number >= 0) & (number < count) & (slots + dropped < seen)
-        first = _taken(self.first, number.clamp(0, count - 1))
+        kept = _taken(first, number.clamp(0, max(0, count - 1)))
         place = slots[..., None].expand(-1, -1, rows.shape[-1])
-        new = torch.where(there[..., None], first, rows.gather(1, place))
-        return rows.scatter_(1, place, new)
+        rows.scatter_(1, place, torch.where(there[..., None], kept, rows.gather(1, place)))
 
     def _starts(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, 1]"""

@@ -8,6 +8,7 @@ B batch, T tokens, c channels of a row.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,17 +21,23 @@ NEGLIGIBLE = -1e3
 
 @dataclass(frozen=True)
 class Code:
-    """How many of a row's channels have 8, 4 and 2 bits; they lie in this order.
+    """How many of a row's channels have 8, 4 and 2 bits.
 
     A channel of b bits has 2^b steps, half of them below zero, and is read as the middle of a step:
-    ..., -1.5, -0.5, 0.5, 1.5, ... steps. A byte holds channels of fewer bits that lie far apart: of
-    m channels of 4 bits, byte i has channel i in its low half, channel i + m / 2 in its high one.
+    ..., -1.5, -0.5, 0.5, 1.5, ... steps.
+
+    With n, 2 m and 4 k channels of 8, 4 and 2 bits a row takes n + m + k bytes. Its channels lie in
+    the order in which they are read from whole stretches of bytes:
+
+        n + m + k channels in the low bits of all bytes,
+        m + k in the bits from the fourth on, of all bytes but the first n,
+        k in the bits from the second on, and k from the sixth on, of the last k bytes.
     """
 
     counts: tuple[int, ...]
 
     def __post_init__(self):
-        whole = (len(self.counts) == len(BITS)) and all(
+        whole = len(self.counts) == len(BITS) and all(
             count >= 0 and count * bits % 8 == 0
             for count, bits in zip(self.counts, BITS, strict=True)
         )
@@ -49,49 +56,85 @@ class Code:
     @property
     def bytes(self) -> int:
         """The bytes that a row's code takes."""
-        return sum(self.segments())
+        return sum(self._segments)
 
-    def segments(self) -> list[int]:
-        """The bytes of the channels of each number of bits."""
-        return [count * bits // 8 for count, bits in zip(self.counts, BITS, strict=True)]
+    @property
+    def _segments(self) -> tuple[int, int, int]:
+        """n, m, k."""
+        wide, middle, narrow = self.counts
+        return wide, middle // 2, narrow // 4
 
-    def halves(self, like: torch.Tensor) -> torch.Tensor:
-        """Half of each channel's steps, [c]."""
-        halves = torch.tensor([float(2 ** (bits - 1)) for bits in BITS])
-        counts = torch.tensor(self.counts)
-        return halves.repeat_interleave(counts).to(like.device, like.dtype)
+    def bits(self) -> list[int]:
+        """Every channel's, [c]."""
+        n, m, k = self._segments
+        return [8] * n + ([4] * m + [2] * k) * 2 + [2] * 2 * k
+
+    def places(self) -> list[int]:
+        """Where in a row the channels lie that have most bits, and those that have fewer."""
+        bits = self.bits()
+        return sorted(range(len(bits)), key=lambda place: -bits[place])
 
     def rounded(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [..., c] as they are read from their code.
 
         The gradient passes straight through (1308.3432), but for what is clamped.
         """
-        most = self.halves(rows) - 0.5
+        most = self._half(rows) - 0.5
         within = torch.minimum(torch.maximum(rows, -most), most)
         # What is added is 0: the middle of a step is exact in any dtype, as it is when it is read.
         return within.floor().detach() + 0.5 + (within - within.detach())
 
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         """The code, uint8 [..., bytes], of rows [..., c]."""
-        halves = self.halves(rows)
-        steps = torch.minimum((rows.floor() + halves).clamp_min(0), 2 * halves - 1).to(torch.uint8)
-        parts = []
-        for bits, part in zip(BITS, steps.split(self.counts, dim=-1), strict=True):
-            fields = part.unflatten(-1, (8 // bits, part.shape[-1] * bits // 8))
-            byte = fields[..., 0, :]
-            for place in range(1, 8 // bits):
-                byte = byte | fields[..., place, :] << place * bits
-            parts.append(byte)
-        return torch.cat(parts, dim=-1)
+        half = self._half(rows)
+        steps = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + half
+        n, m, k = self._segments
+        low, high, second, last = steps.to(torch.uint8).split([n + m + k, m + k, k, k], dim=-1)
+        narrow = low[..., n + m :] | high[..., m:] << 4 | second << 2 | last << 6
+        return torch.cat((low[..., :n], low[..., n : n + m] | high[..., :m] << 4, narrow), dim=-1)
 
     def widened(self, code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows [..., c], in steps, of a code [..., bytes]."""
-        parts = []
-        for bits, part in zip(BITS, code.split(self.segments(), dim=-1), strict=True):
-            mask = 2**bits - 1
-            parts += [part >> place * bits & mask for place in range(8 // bits)]
-        steps = torch.cat(parts, dim=-1)
-        return steps.to(dtype) - (self.halves(steps.new_zeros(0, dtype=dtype)) - 0.5)
+        """Rows [..., c] of a code [..., bytes], less the half step that whole numbers lack."""
+        n, m, _ = self._segments
+        narrow = code[..., n + m :]
+        parts = (
+            (code & self._all(255, 15, 3, code), self._all(128, 8, 2, code)),
+            (code[..., n:] >> 4 & self._all(None, 15, 3, code), self._all(None, 8, 2, code)),
+            (narrow >> 2 & 3, 2),
+            (narrow >> 6, 2),
+        )
+        # In 8 bits, which are quick: 128 more or less is one and the same, and the sign is right.
+        steps = [(part - half).view(torch.int8) for part, half in parts if part.shape[-1]]
+        if torch.compiler.is_compiling() and steps:
+            return torch.cat(steps, dim=-1).to(dtype)
+        rows = torch.empty(*code.shape[:-1], self.channels, dtype=dtype, device=code.device)
+        start = 0
+        for part in steps:  # to convert into place is less than to convert and to copy
+            rows[..., start : start + part.shape[-1]] = part
+            start += part.shape[-1]
+        return rows
+
+    def _half(self, like: torch.Tensor) -> torch.Tensor:
+        """Half of every channel's steps, [c]."""
+        return _constant(tuple(2.0 ** (bits - 1) for bits in self.bits()), like)
+
+    def _all(self, wide: int | None, middle: int, narrow: int, like: torch.Tensor) -> torch.Tensor:
+        """A number for every byte, by the bits of its channels; None to leave bytes of 8 out."""
+        n, m, k = self._segments
+        first = () if wide is None else (wide,) * n
+        return _constant(first + (middle,) * m + (narrow,) * k, like)
+
+
+@cache
+def _constant_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device):
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    """A short tensor that is made once for a dtype and a device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return _constant_on(values, like.dtype, like.device)
 
 
 def first_real(mask: Any, length: int, column: int | torch.Tensor = 0) -> torch.Tensor | None:

@@ -102,7 +102,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
     def layer_rows(self, layer_idx: int) -> PlainRows | CodedRows:
         if self.code_channels is None:
             return PlainRows()
-        return CodedRows(*self._codes(layer_idx), self.exact_tokens)
+        halves = self.layer_layout(layer_idx) == "turned keys"
+        return CodedRows(*self._codes(layer_idx), self.exact_tokens, halves)
 
     def _codes(self, layer_idx: int) -> tuple[Code, Code]:
         """Of one layer's keys and values, where they are coded."""
@@ -117,7 +118,8 @@ class MLAConfigMixin(ConvertedConfigMixin):
         rank, rotated = self.layer_dims(layer_idx)
         if rotated:
             return "key in latent"
-        return "inputs" if rank == self.hidden_size else "whole keys"
+        plain = rank == self.hidden_size and self.code_channels is None
+        return "inputs" if plain else "whole keys"
 
     def query_rank(self, layer_idx: int) -> int | None:
         return self.q_lora_rank

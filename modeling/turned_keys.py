@@ -14,6 +14,7 @@ from transformers import initialization as init
 from .key_norm import split_scales
 from .mla import folded, formed
 from .rope_slots import apart, side_by_side
+from .rows import HALF
 from .shared_key import SharedKeyAttention, conjugate, local, multiplied
 
 
@@ -70,8 +71,13 @@ class TurnedKeyAttention(SharedKeyAttention):
     def unturned(self, keys, values):
         return self.spread(self.components(keys)) + local(self.k_mean)
 
-    def expanded(self, query, keys, values, rotation):
+    def whole_rows(self, keys, values):
+        """Rows of keys and of values with the half step they lack, and what keys are scaled by."""
         values, scales = split_scales(values, self.config.key_scales)
+        return keys + HALF, values + HALF, scales
+
+    def expanded(self, query, keys, values, rotation):
+        keys, values, scales = self.whole_rows(keys, values)
         _, value = (x.transpose(1, 2) for x in self.position_free(keys, values))
         mean = local(self.k_mean)[None, :, None].expand(-1, -1, keys.shape[2], -1)
         key = self.spread(self.components(keys)).transpose(1, 2) + rotation.keys(mean)
@@ -86,14 +92,15 @@ class TurnedKeyAttention(SharedKeyAttention):
         factors = conjugate(local(self.k_mean)).repeat_interleave(self.num_key_value_groups, 0)
         means = rotation.query(multiplied(query, factors))
         table = torch.cat(rotation.table(keys.shape[2], keys.device), dim=-1)
-        scores = scores.view(*query.shape[:3], -1) + means @ table.to(means.dtype).mT
+        scores = scores.view(*query.shape[:3], -1) + HALF * queries.sum(-1, keepdim=True)
+        scores = scores + means @ table.to(means.dtype).mT
         scores = scores * self.scaling
         if scales is not None:
             scores = (
                 scores * scales.repeat_interleave(query.shape[1] // scales.shape[1], 1)[:, :, None]
             )
         weights = self._softmax(scores, mask, query.dtype)
-        mixed = self._mix(weights, values)
+        mixed = self._mix(weights, values) + HALF
         _, w_uv, _, bias = self.weights()
         mixed = mixed.unflatten(1, (len(w_uv), -1))
         output = torch.einsum("bgmtr,gvr->btgmv", mixed, w_uv)

@@ -20,14 +20,19 @@ def maps(
     bias: bool = False,
     theta: float = 100.0,
     seed: int = 0,
+    norm: str | None = None,
 ) -> AttentionMaps:
-    """Random maps in float64, large enough that softmax is not flat."""
+    """Random maps in float64, large enough that softmax is not flat.
+
+    Args:
+        norm: of queries and keys: of each "head" by itself, of "all" together, or None.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return AttentionMaps(
+    made = AttentionMaps(
         q=draw(heads, width, hidden),
         k=draw(groups, width, hidden),
         v=draw(groups, v_dim, hidden),
@@ -39,6 +44,11 @@ def maps(
         v_bias=draw(groups, v_dim) if bias else None,
         o_bias=draw(hidden) if bias else None,
     )
+    if norm is None:
+        return made
+    each = norm == "head"
+    weights = {"q_norm": draw(*[heads][each:], width), "k_norm": draw(*[groups][each:], width)}
+    return replace(made, norm_eps=1e-6, **{name: 1 + weight for name, weight in weights.items()})
 
 
 def inputs(

@@ -71,7 +71,7 @@ def test_a_row_says_what_transformers_and_the_converters_say(family):
     "name",
     [
         "LlamaGQAConfig",  # transformers' own class has KV heads
-        "Qwen3GQAConfig",  # MFA cannot normalise keys
+        "Qwen3GQAConfig",  # as does Qwen3's
         "LlamaMLADecoder",  # the model itself holds the layers
         "LlamaMLA",
         "CohereMLAConfig",

@@ -320,7 +320,7 @@ def test_half_precision_decodes_as_well_as_it_computes_whole(case, layout, dtype
     half = made(case, layout, dtype)
     # Where rounding moves a number to the next step, it is by much.
     budget = max(0.05, 1.5 * distance(half(ids, use_cache=False).logits, want))
-    assert distance(in_pieces(half, ids, (12,) + (1,) * 8), want) < budget < 0.3
+    assert distance(in_pieces(half, ids, (12,) + (1,) * 8), want) < budget < 0.5
 
 
 @pytest.mark.parametrize(("case", "layout"), [("norm of a head", "turned keys"), ("llama", "mla")])

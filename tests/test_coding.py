@@ -34,7 +34,7 @@ def test_a_code_is_read_as_the_middle_of_the_step(dtype, code, seed, scale):
     want = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + 0.5
     assert torch.equal(code.rounded(rows), want)
     assert torch.equal(code.rounded(rows.requires_grad_()), want)
-    assert torch.equal(code.widened(packed, dtype), want)
+    assert torch.equal(code.widened(packed, dtype) + 0.5, want)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 0), (0, 0, 2), (-1, 0, 0), (1, 2), (0, -2, 4)])

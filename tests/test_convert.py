@@ -14,6 +14,7 @@ from pathlib import Path
 
 import folders
 import pytest
+import sources
 import tiny
 import torch
 from layers import error
@@ -477,11 +478,11 @@ SHAPES_CHECKED = """
 import sys
 from jaxtyping import install_import_hook
 modules = "activations balance calibration gqa grouping latent lowrank maps mfa mfa_kr mla moments"
-modules += " on_read plan rope_split shared_key stream whole_keys"
+modules += " on_read plan rope_split shared_key shared_norm stream whole_keys"
 names = [f"rehead.converters.{name}" for name in modules.split()]
 with install_import_hook(names, "beartype.beartype"):
     from rehead.converters import convert
-source, text, output = sys.argv[1:]
+source, text, output, *normed = sys.argv[1:]
 mla = dict(q_lora_rank=9)
 on_read = mla | dict(rope="on-read")
 forms = [mla, dict(rope="on-read"), on_read | dict(qk_rope_head_dim=6), dict(to="gqa")]
@@ -490,15 +491,20 @@ for form in ("mfa", "mfa-kr"):
     forms += [dict(to=form), dict(to=form, head_dim=6), dict(to=form, share_q_dim=4)]
 for options in forms:
     convert(source, output=output, calibration=text, samples=5, heal=1, force=True, **options)
+for source in normed:
+    convert(source, to="mqa", output=output, calibration=text, samples=5, heal=1, force=True)
 print("checked")
 """
 
 
 def test_shapes_are_those_of_the_signatures(source, text, tmp_path):
-    """A conversion of a model with biases, with every annotation checked when it is called."""
+    """Conversions of a model with biases, and with norms: all annotations are checked in calls."""
     model = tiny.source("qwen2", **folders.MODEL_FIELDS)
     folders.save(tmp_path / "source", model)
-    args = [tmp_path / "source", text, tmp_path / "out"]
+    normed = [tmp_path / family for family in ("qwen3", "olmo2")]
+    for folder in normed:
+        folders.save(folder, sources.model(folder.name))
+    args = [tmp_path / "source", text, tmp_path / "out", *normed]
     done = subprocess.run(
         [sys.executable, "-c", SHAPES_CHECKED, *map(str, args)], capture_output=True, text=True
     )

@@ -22,6 +22,7 @@ from rehead.converters import InputError, convert, families
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES, REFUSED, family_of
 from rehead.converters.families import family as family_module
+from rehead.converters.gqa import gqa_moments, to_gqa
 from rehead.converters.inspection import offers
 from rehead.converters.maps import AttentionMaps, reference_attention
 from rehead.converters.stream import LayerStream
@@ -39,10 +40,8 @@ FORMS = {
     "mfa-kr": dict(to="mfa-kr"),
     "gqa": dict(to="gqa"),
 }
-# No mix of normalised keys is normalised as they are; and without RoPE nothing is rotated.
 NORMED = [family for family in FAMILIES if FAMILIES[family].qk_norm]
-IMPOSSIBLE = [("gpt2", "mla on read"), ("opt", "mla on read")]
-IMPOSSIBLE += [(family, "gqa") for family in NORMED]
+IMPOSSIBLE = [("gpt2", "mla on read"), ("opt", "mla on read")]  # without RoPE nothing is rotated
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +230,7 @@ EXACT = [
     *((family, "mla") for family in ("seed_oss", "starcoder2")),
     *((case, "mla") for case, (family, _) in sources.VARIANTS.items() if family not in NORMED),
     *((case, "mla on read") for case, (family, _) in sources.CASES.items() if family in NORMED),
+    *((family, "gqa") for family in NORMED),
     *(("mistral, sliding", form) for form in FORMS if form != "mla"),
     *(("qwen2, sliding", form) for form in ("mla on read", "mfa-kr", "gqa")),
 ]
@@ -265,6 +265,7 @@ HALVES = [
     *((family, "gqa") for family in ("phi3", "stablelm", "phi", "gpt_neox", "gpt2", "opt")),
     *(("mistral, sliding", form) for form in FORMS),
     *((case, "mla on read") for case in ("qwen2, sliding", "qwen3, sliding")),
+    *((case, "gqa") for case, (family, _) in sources.CASES.items() if family in NORMED),
 ]
 
 
@@ -308,6 +309,95 @@ def test_half_the_cache(case, form, saved, text, tmp_path):
     for name, parameter in found.named_parameters():
         if name.startswith(prefixes):
             assert parameter.grad is not None, name
+
+
+# With a KV head for every query head, so that there are heads to choose from.
+ALL_HEADS = dict(num_key_value_heads=4)
+OWN_CLASS = """
+import sys
+sys.modules["rehead"] = None  # importing it raises
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    ids, want, heads = torch.load(folder + ".pt")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    assert model.config.num_key_value_heads == heads
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want), folder
+print("equal")
+"""
+
+
+@torch.no_grad()
+def test_fewer_normalised_heads_are_the_familys_own_class(text, tmp_path):
+    """GQA and MQA of every family with norms, in a process that cannot import rehead."""
+    places = []
+    for family in NORMED:
+        folder = tmp_path / family
+        source = folders.save(folder, sources.model(family, **ALL_HEADS))
+        for form, heads in (("gqa", 2), ("mqa", 1)):
+            places.append(tmp_path / f"{family}-{form}")
+            run(folder, places[-1], text, to=form)
+            found = AutoModelForCausalLM.from_pretrained(places[-1]).eval()
+            assert type(found) is type(source)
+            torch.save((IDS, found(IDS).logits, heads), f"{places[-1]}.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", OWN_CLASS, *map(str, places)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("pooling", ["aligned", "mean"])
+@pytest.mark.parametrize("family", NORMED)
+@torch.no_grad()
+def test_the_familys_own_attention_computes_what_merged_heads_say(family, pooling):
+    """The module with fewer KV heads and what is written for it, against the naive reference."""
+    source, x = sources.model(family, **ALL_HEADS), inputs(2, 40)
+    maps, factor = read(source), rope_of(source)[1]
+    moments = gqa_moments(maps, x, torch.Generator().manual_seed(0))
+    form = to_gqa(maps, moments, 2, pooling)
+    model = sources.model(family)  # with two
+    module = layer_of(model, 1)[1]
+    hidden = torch.ones(40, 40).triu(1).bool()
+    if maps.window is not None:
+        hidden |= torch.ones(40, 40).tril(-maps.window).bool()
+    mask = torch.zeros(40, 40).masked_fill(hidden, -torch.inf)[None, None]
+    rope = model.base_model.rotary_emb(x, torch.arange(40)[None], *kinds_of(model))
+
+    def distance(form):
+        module.load_state_dict(FAMILIES[family].write(form.expand(), factor))
+        found = module(x, attention_mask=mask, position_embeddings=rope)[0]
+        return error(found, wanted)
+
+    wanted = torch.stack([reference_attention(form.expand(), row) for row in x.double()])
+    assert distance(form) < 5e-6
+    assert form.q_norm.shape == maps.q_norm.shape
+    if not FAMILIES[family].norms_from:
+        written = FAMILIES[family].write(form.expand(), factor)
+        assert all(torch.equal(t, written[name]) for name, t in form.state_dict().items())
+    for name in ("q_norm", "k_norm", "k"):
+        twin = replace(form, **{name: getattr(form, name).flip(-1 if "norm" in name else 0)})
+        assert distance(twin) > 1e-2, name
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_normalised_heads_merge_better_than_by_their_mean(family, tmp_path):
+    """Errors that a conversion reports, of text it has not fitted; and healing lowers them."""
+    draw = torch.randint(33, 127, (24 * 128,), generator=torch.Generator().manual_seed(1))
+    (tmp_path / "text.txt").write_text("".join(map(chr, draw)))
+    folders.save(tmp_path / "model", sources.model(family, **ALL_HEADS))
+
+    def errors(**options):
+        out, text = tmp_path / "out", tmp_path / "text.txt"
+        asked = dict(to="gqa", samples=24, force=True) | options
+        return [layer.error for layer in run(tmp_path / "model", out, text, **asked).layers]
+
+    mean, closed, healed = errors(pooling="mean"), errors(), errors(heal=60)
+    for one, other in zip(closed, mean, strict=True):
+        assert one < 0.9 * other
+    assert sum(healed) < sum(closed)
 
 
 @pytest.mark.parametrize("form", [*tiny.FORMS, *tiny.MFA_FORMS])
@@ -441,7 +531,7 @@ def test_every_family_has_classes_and_a_row_here():
 def test_what_is_offered_is_what_a_family_can_have(family):
     config_class, _, given = sources.FAMILIES[family]
     offered = {offer.form for offer in offers(config_class(**given)) if not offer.refused}
-    assert offered == {"mla", "mfa", "mfa-kr"} | (set() if family in NORMED else {"gqa", "mqa"})
+    assert offered == {"gqa", "mqa", "mla", "mfa", "mfa-kr"}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "stablelm"])
@@ -479,12 +569,18 @@ def test_what_cannot_be_carried_is_refused_by_name(family, fields, message):
     family_of(config_class(**given))  # and nothing else is
 
 
+@pytest.mark.parametrize("family", NORMED)
+def test_a_number_of_heads_that_does_not_divide_is_refused(family, saved, text, tmp_path):
+    message = "--num-key-value-heads 3 does not divide the source's 2 KV heads. Use one of 1, 2"
+    with pytest.raises(InputError, match=message) as told:
+        run(saved(family)[0], tmp_path / "out", text, to="gqa", num_key_value_heads=3)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_forms_that_a_family_cannot_have_are_refused(case, saved, text, tmp_path):
     family, form = case
-    with pytest.raises(
-        InputError, match=r"Leave out --rope on-read|Use --to mla, mfa or mfa-kr"
-    ) as told:
+    with pytest.raises(InputError, match="Leave out --rope on-read") as told:
         run(saved(family)[0], tmp_path / "out", text, **FORMS[form])
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()

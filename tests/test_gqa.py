@@ -22,12 +22,19 @@ from rehead.converters.gqa import (
     merge_values,
     merging_cost,
     similar_heads,
+    source_keys,
     to_gqa,
 )
 from rehead.converters.grouping import best_partition
 from rehead.converters.healing import heal, output_error
 from rehead.converters.lowrank import weighted_svd
-from rehead.converters.maps import AttentionMaps, position_angles, reference_attention, rotate
+from rehead.converters.maps import (
+    AttentionMaps,
+    augmented,
+    position_angles,
+    reference_attention,
+    rotate,
+)
 from rehead.converters.refit import by_features, by_tokens, refit_output
 from rehead.converters.shared_key import SharedKey, commuting_key, score_error, shared_key
 
@@ -36,7 +43,10 @@ SHAPES = {
     "grouped": dict(heads=8, groups=4),
     "biases": dict(heads=8, groups=4, bias=True),
     "wide values": dict(heads=4, groups=4, width=4, v_dim=10, bias=True),
+    "a norm of each head": dict(heads=8, groups=4, bias=True, norm="head"),
+    "a norm of all heads": dict(heads=8, groups=4, norm="all"),
 }
+NORMS = ("head", "all")
 
 
 def seeded(seed=5):
@@ -61,20 +71,28 @@ def without_output_bias(maps):
     return replace(maps, o_bias=None)
 
 
-def twins(partition, repeats=1, bias=False, seed=0):
+def twins(partition, repeats=1, bias=False, seed=0, norm=None, phases=False):
     """Maps whose KV heads of one group differ only by what attention does not care about.
 
     Keys are those of the group's first head, every pair times a complex number, and values those of
     the first head times a matrix.
+
+    Args:
+        norm: as in `layers.maps`; both dims of a pair then have one weight.
+        phases: whether the complex numbers have length 1.
     """
     count = sum(map(len, partition))
-    maps = layers.maps(count * repeats, count, hidden=48, bias=bias, seed=seed)
+    maps = layers.maps(count * repeats, count, hidden=48, bias=bias, seed=seed, norm=norm)
+    if norm:
+        even = {name: getattr(maps, name)[..., :4] for name in ("q_norm", "k_norm")}
+        maps = replace(maps, **{name: torch.cat([w, w], -1) for name, w in even.items()})
     generator = seeded(seed + 1)
     tensors = {name: getattr(maps, name) for name in ("k", "v", "k_bias", "v_bias")}
     tensors = {name: t.clone() for name, t in tensors.items() if t is not None}
     for group in partition:
         for head in group[1:]:
             turn = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+            turn = turn / turn.norm(dim=0) if phases else turn
             mix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
             for name, tensor in tensors.items():
                 first = tensor[group[0]]
@@ -105,7 +123,10 @@ def test_mean_pooling_is_the_papers(shape, count):
     """One KV head from neighbours by their mean, all else as it was (2305.13245, section 2.1)."""
     maps = layers.maps(**SHAPES[shape])
     gqa, size = to_gqa(maps, None, count, "mean"), 4 // count
-    for name in ("k", "v", "k_bias", "v_bias"):
+    averaged = ["k", "v", "k_bias", "v_bias"]
+    kept = ["q", "o", "q_bias", "o_bias", "q_norm"]
+    (averaged if SHAPES[shape].get("norm") == "all" else kept).append("k_norm")
+    for name in averaged:
         source, found = getattr(maps, name), getattr(gqa, name)
         if source is None:
             assert found is None
@@ -117,7 +138,7 @@ def test_mean_pooling_is_the_papers(shape, count):
             assert error(found[head], total / size) < 1e-15
         if count == 2:
             assert error(found[0], (source[0] + source[2]) / 2) > 1e-2  # not every other head
-    for name in ("q", "o", "q_bias", "o_bias"):
+    for name in kept:
         assert getattr(gqa, name) is getattr(maps, name)
 
 
@@ -200,14 +221,11 @@ def test_aligned_is_predicted_to_lose_less_than_the_mean(shape, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("norm", [None, *NORMS])
 @pytest.mark.parametrize("bias", [False, True])
-def test_aligned_loses_less_than_the_mean(bias, seed):
+def test_aligned_loses_less_than_the_mean(bias, norm, seed):
     """Heads that resemble each other but for a commuting map, on text the moments have not seen."""
-    alike, other = (
-        twins(((0, 1, 2, 3),), 2, bias, seed),
-        layers.maps(8, 4, hidden=48, seed=seed + 9),
-    )
-    maps = replace(alike, k=alike.k + 0.3 * other.k, v=alike.v + 0.3 * other.v)
+    maps = similar(bias, norm, seed)
     moments = moments_of(maps, layers.inputs(6, 32, hidden=48))
     unseen = layers.inputs(2, 32, hidden=48, seed=7)
     wanted = outputs(maps, unseen)
@@ -217,6 +235,101 @@ def test_aligned_loses_less_than_the_mean(bias, seed):
             for pooling in ("aligned", "mean")
         )
         assert 1e-2 < found < 0.7 * mean
+
+
+def similar(bias=False, norm=None, seed=0):
+    """Four KV heads that resemble each other but for a commuting map."""
+    alike = twins(((0, 1, 2, 3),), 2, bias, seed)
+    other = layers.maps(8, 4, hidden=48, seed=seed + 9, norm=norm)
+    norms = {name: getattr(other, name) for name in ("q_norm", "k_norm", "norm_eps")}
+    return replace(alike, k=alike.k + 0.3 * other.k, v=alike.v + 0.3 * other.v, **norms)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalised_heads_that_differ_by_what_passes_their_norm_merge_without_loss(norm, bias):
+    """Phases, where each head is normalised by itself; complex multiples where all are together."""
+    partition = ((0, 1, 2, 3),) if norm == "head" else ((0, 3), (1, 2))
+    maps = twins(partition, 2, bias, norm=norm, phases=norm == "head")
+    x, other = layers.inputs(hidden=48), layers.inputs(2, 60, hidden=48, seed=9)
+    moments, wanted = moments_of(maps, x), outputs(maps, other)
+    gqa = to_gqa(maps, moments, len(partition))
+    assert error(outputs(gqa.expand(), x), outputs(maps, x)) < 1e-5
+    assert error(outputs(gqa.expand(), other), wanted) < 1e-4
+    # Without the norms, with their weights in another order, or too large, the output is another.
+    wrong = {
+        "no norm": dict(q_norm=None, k_norm=None),
+        "queries": dict(q_norm=gqa.q_norm.flip(-1)),
+        "keys": dict(k_norm=gqa.k_norm.flip(-1)),
+        "larger": dict(q_norm=1.1 * gqa.q_norm),
+    }
+    for name, twin in wrong.items():
+        assert error(outputs(replace(gqa, **twin).expand(), other), wanted) > 1e-2, name
+    mean = to_gqa(maps, moments, len(partition), "mean")
+    assert error(outputs(mean.expand(), other), wanted) > 1e-1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_linear_keys_are_the_nearest_up_to_a_number_a_token(norm):
+    maps, x = similar(norm=norm), layers.inputs(6, 32, hidden=48)
+    moments = moments_of(maps, x)
+    read = torch.stack([brute_weights(maps.to(torch.float32), row).sum((0, 1)) for row in x])
+    number = maps.key_scales(x.double()).log().mean(-1).exp()
+    keys = maps.keys(x.double())
+    keyed = torch.cat([x.double(), torch.ones_like(x[..., :1])], -1) * number[..., None]
+    weight = read / read.sum()
+    cross = torch.einsum("nt,ntge,ntd->ged", weight, keys, keyed).flatten(0, 1)
+    inputs = torch.einsum("nt,ntc,ntd->cd", weight, keyed, keyed)
+    assert error(moments.keys, cross) < 1e-5
+    assert error(moments.key_inputs, inputs) < 1e-5
+
+    def off(linear):
+        missing = (keys - torch.einsum("ged,ntd->ntge", linear, keyed)).square().sum((2, 3))
+        return float((missing * weight).sum())
+
+    linear = source_keys(maps, moments)
+    own = augmented(maps.k, maps.k_bias) * maps.k_norm.expand(4, 8)[..., None]
+    if norm == "all":  # they are linear but for that number
+        assert error(linear, own) < 1e-4
+        return
+    assert off(linear) < 0.9 * off(own)
+    for scale in (0.95, 1.05):
+        assert off(linear) < off(scale * linear)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_norms_weights_give_queries_and_keys_the_energy_that_is_asked_for(norm):
+    maps, x = similar(norm=norm), layers.inputs(6, 32, hidden=48)
+    moments, unseen = moments_of(maps, x), layers.inputs(4, 32, hidden=48, seed=7)
+    gqa, wanted = to_gqa(maps, moments, 2), outputs(maps, unseen)
+    assert gqa.q_norm.shape == maps.q_norm.shape
+    assert gqa.k_norm.shape == ((8,) if norm == "head" else (2, 8))
+    found = error(outputs(gqa.expand(), unseen), wanted)
+    for scale in (0.8, 1.3):
+        twin = replace(gqa, q_norm=scale * gqa.q_norm)
+        assert error(outputs(twin.expand(), unseen), wanted) > found
+    # What a pair's keys are multiplied with, its queries are divided by.
+    factor = torch.rand(4, generator=seeded(), dtype=torch.float64).add(0.5).repeat(2)
+    twin = replace(gqa, q_norm=gqa.q_norm * factor, k_norm=gqa.k_norm / factor)
+    assert error(outputs(twin.expand(), unseen), outputs(gqa.expand(), unseen)) < 1e-12
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_healing_fits_the_norms_too(norm):
+    maps = similar(norm=norm)
+    x, unseen = layers.inputs(160, 24, hidden=48), layers.inputs(8, 24, hidden=48, seed=7)
+    gqa, seen = to_gqa(maps, moments_of(maps, x[:8]), 2), seen_by(maps, x)
+    healed = heal(gqa, seen, steps=60, generator=seeded(), low_precision=False)
+    other, before = seen_by(maps, unseen), output_error(gqa, seen).relative
+    assert output_error(healed, other).relative < 0.99 * output_error(gqa, other).relative
+    # A target that is not the layer's own is not come near to.
+    strange = replace(seen, y=seen.y.flip(0))
+    twin = heal(gqa, strange, steps=60, generator=seeded(), low_precision=False)
+    assert output_error(twin, seen).relative > before
+    assert {"q_norm", "k_norm"} <= set(gqa.tensors())
+    for name, tensor in healed.tensors().items():
+        assert tensor.shape == gqa.tensors()[name].shape
+        assert not torch.equal(tensor, gqa.tensors()[name])
 
 
 def brute_weights(maps, sequence):
@@ -531,7 +644,8 @@ def test_the_same_seed_gives_the_same_layer():
 
 def test_text_that_says_nothing_gives_a_layer_all_the_same():
     """Equal tokens: no covariance, and scores do not count."""
-    for maps in (layers.maps(8, 4), layers.maps(8, 4, bias=True)):
+    for options in ({}, dict(bias=True), *(dict(norm=norm) for norm in NORMS)):
+        maps = layers.maps(8, 4, **options)
         x = layers.inputs(1, 1).expand(2, 6, -1)
         gqa = to_gqa(maps, moments_of(maps, x), 2)
         assert all(torch.isfinite(tensor).all() for tensor in gqa.tensors().values())

@@ -23,7 +23,7 @@ PURE = [
     for name in (
         *("activations", "calibration", "gqa", "grouping", "latent", "lowrank", "maps", "mfa"),
         *("mfa_kr", "mla", "moments", "on_read", "plan", "refit", "rope_split", "shared_key"),
-        "whole_keys",
+        *("shared_norm", "whole_keys"),
     )
 ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import folders
 import pytest
+import sources
 import tiny
 import torch
 from peft import PeftModel
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
 from rehead.cli import main
+from rehead.converters import convert
 from rehead.converters.errors import InputError
 from rehead.evaluation import load_model
 from rehead.modeling.cached_decoding import cache_of
@@ -392,6 +394,24 @@ def test_full_training_changes_the_attention_alone(inputs, tmp_path):
     assert {n for n in changed if n.endswith(FACTORS)}
     with pytest.raises(InputError, match="--full trains no adapter"):
         uptrain(config, output=tmp_path / "other", form="adapter")
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_merged_heads_that_are_normalised_train_in_the_familys_own_class(
+    inputs, tmp_path, family, full
+):
+    source = folders.save(tmp_path / "source", sources.model(family, num_key_value_heads=4))
+    text = str(inputs / "text.txt")
+    made = dict(output=tmp_path / "gqa", calibration=text, samples=4, heal=0)
+    convert(str(tmp_path / "source"), to="gqa", **made)
+    config = recipe(inputs, full=full, learning_rate=2e-3 if full else 2e-2)
+    config = replace(config, model=str(tmp_path / "gqa"))
+    done = uptrain(config, output=tmp_path / "out")
+    assert done.after.kl < 0.95 * done.before.kl
+    found = load_model(tmp_path / "out")
+    assert type(found) is type(source)
+    assert found.config.num_key_value_heads == 2
 
 
 def test_without_a_teacher_it_trains_on_the_text(inputs, tmp_path):
