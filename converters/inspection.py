@@ -137,7 +137,7 @@ def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:
             dims = {"share_q_dim": 0} | dims
         count = dims.get("qk_rope_head_dim", 0) // 2
         pairs = tuple(index % (target.head_dim // 2) for index in range(count))
-        code = (dim.keys, dim.values) if isinstance(dim, CodedDims) else None
+        code = dim.counts if isinstance(dim, CodedDims) else None
         reports.append(LayerReport(layer, dims, pairs, code=code))
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
     return target.config_of(reports, fields)

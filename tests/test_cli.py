@@ -27,6 +27,8 @@ CONVERT_OPTIONS = {
     "--to",
     "--output",
     "--kv-budget",
+    "--kv-bits",
+    "--exact-tokens",
     "--kv-lora-rank",
     "--qk-rope-head-dim",
     "--q-lora-rank",
