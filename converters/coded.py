@@ -8,6 +8,7 @@ A^1/2 W C^1/2, and the squared singular values are the channels' energies.
 Letters: as in `latent`, and c channels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..modeling.coding import Code
-from .coding import Channels, Counts, order_of, steps_of
+from .coding import Channels, Counts, Dealt
 from .latent import LatentAttention, SharedKeyAttention, of_source
 from .lowrank import Factors, WeightedSVD, square_roots
 from .maps import AttentionMaps, normalised, project, rotate, token_angles
 from .mla import MLA
-from .moments import CodingMoments
+from .moments import CodingMoments, CodingTokens
 from .rope_split import output_bias
 from .whole_keys import WholeKeyMLA
 
@@ -33,14 +34,14 @@ class CodedDims:
     """One layer's codes.
 
     Args:
-        keys, values: how many channels of each have 8, 4 and 2 bits.
+        keys, values: the code of each.
         exact_tokens: first tokens of a sequence that are kept whole.
         rotated: whether keys are rotated components, and not read from one latent with values.
         scales: numbers beside them of 16 bits, by which keys are scaled where they are normalised.
     """
 
-    keys: Counts
-    values: Counts
+    keys: Dealt
+    values: Dealt
     exact_tokens: int
     rotated: bool = True
     scales: int = 0
@@ -48,15 +49,20 @@ class CodedDims:
     @property
     def width(self) -> float:
         """The numbers of 16 bits that a token's row takes as much as."""
-        return (Code(self.keys).bytes + Code(self.values).bytes) / 2 + self.scales
+        return (self.keys.bytes + self.values.bytes) / 2 + self.scales
 
     def bytes(self, itemsize: int) -> float:
         """A token's bytes, with the numbers that are not coded of so many bytes each."""
-        return Code(self.keys).bytes + Code(self.values).bytes + self.scales * itemsize
+        return self.keys.bytes + self.values.bytes + self.scales * itemsize
+
+    @property
+    def counts(self) -> tuple[Counts, Counts]:
+        """How many channels of keys, and of values, have 8, 4 and 2 bits."""
+        return self.keys.counts, self.values.counts
 
     def named(self) -> dict[str, int]:
         """The dims by the config's names."""
-        keys, values = sum(self.keys), sum(self.values)
+        keys, values = (sum(counts) for counts in self.counts)
         rotated = {"kv_lora_rank": values, "qk_rope_head_dim": keys}
         return rotated if self.rotated else {"kv_lora_rank": keys, "qk_rope_head_dim": 0}
 
@@ -69,12 +75,12 @@ class Coded(LatentAttention):
 
     @property
     def cache_width(self) -> int:
-        return sum(self.dims.keys) + sum(self.dims.values) + self.dims.scales
+        return sum(map(sum, self.dims.counts)) + self.dims.scales
 
-    def decoded(self, rows: Float[Tensor, "B T c"], counts: Counts) -> Float[Tensor, "B T c"]:
+    def decoded(self, rows: Float[Tensor, "B T c"], code: Dealt) -> Float[Tensor, "B T c"]:
         """Rows of whole sequences as they are read from a cache."""
         exact = self.dims.exact_tokens
-        return torch.cat([rows[:, :exact], Code(counts).rounded(rows[:, exact:])], dim=1)
+        return torch.cat([rows[:, :exact], Code(code.counts).rounded(rows[:, exact:])], dim=1)
 
     def balanced(self) -> Any:
         return replace(self, **self._even_queries())  # channels keep their steps
@@ -188,13 +194,15 @@ class JointTransform:
         rows = torch.cat([self.maps.k.flatten(0, 1), self.maps.v.flatten(0, 1)])
         return WeightedSVD.of(self.moments.importance, self.moments.covariance)(rows)
 
-    def channels(self) -> tuple[Channels, ...]:
-        return (Channels(self.factors.energy[: len(self.factors.down)]),)
+    def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
+        """What each channel costs with any number of bits."""
+        numbers = (seen.inputs - self.moments.mean) @ self.factors.down.mT
+        return (Channels.measured(numbers, seen.gradients @ self.factors.up),)
 
     def build(self, dims: CodedDims) -> Coded:
         """The layer with the first channels coded."""
         maps, groups = self.maps, self.maps.kv_heads
-        step, order = steps_of(dims.keys, maps.q), order_of(dims.keys)
+        step, order = torch.tensor(dims.keys.steps).to(maps.q), list(dims.keys.order)
         down, up = self.factors.down[order], self.factors.up[:, order]
         split = [groups * maps.qk_dim, groups * maps.v_dim]
         key_rows, value_rows = (part.unflatten(0, (groups, -1)) for part in up.split(split))
@@ -252,22 +260,52 @@ class TurnedTransform:
     def components(self) -> "KeyComponents":
         return key_components(self.maps, self.moments)
 
-    def channels(self) -> tuple[Channels, ...]:
-        values = self.values
-        return Channels(self.components.energy, 2), Channels(values.energy[: len(values.down)])
+    def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
+        """What each pair of keys, and each channel of values, costs with any number of bits."""
+        x = seen.inputs - self.moments.mean
+        keys = self.maps.kv_heads * self.maps.qk_dim
+        slopes = seen.gradients[:, :keys].unflatten(1, (self.maps.kv_heads, -1))
+        if self.maps.k_norm is not None:  # of keys without their norm's weight
+            slopes = slopes / self.maps.k_norm
+        found, turns = self.components, seen.positions[:, None] * self.maps.inv_freq
+        turns = torch.polar(torch.ones_like(turns), turns)[:, list(found.pairs)]
+
+        def side_by_side(z: Complex[Tensor, "N n"]) -> Float[Tensor, "N 2n"]:
+            return torch.view_as_real(z * turns).flatten(1)
+
+        made = side_by_side(linear(x.to(self.rows.dtype), self.rows))
+        felt = self._felt(torch.complex(*slopes.chunk(2, dim=-1)))
+        values = x @ self.values.down.mT
+        return (
+            Channels.measured(made, side_by_side(felt), 2),
+            Channels.measured(values, seen.gradients[:, keys:] @ self.values.up),
+        )
+
+    @cached_property
+    def rows(self) -> Complex[Tensor, "n D"]:
+        """What makes components of the layer's input."""
+        keys = torch.complex(*self.maps.k.chunk(2, dim=1))  # [G, P, D]
+        made = keys.new_empty(len(self.components.pairs), keys.shape[-1])
+        for pair, mine in self.components.of_pairs():
+            made[mine] = self.components.analysis[mine] @ keys[:, pair]
+        return made
+
+    def _felt(self, slopes: Complex[Tensor, "N G P"]) -> Complex[Tensor, "N n"]:
+        """Gradients with respect to components, of those with respect to keys."""
+        felt = slopes.new_empty(len(slopes), len(self.components.pairs))
+        for pair, mine in self.components.of_pairs():
+            felt[:, mine] = slopes[..., pair] @ self.components.synthesis[mine].mH
+        return felt
 
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
         """The layer with the first components and the first channels of values coded."""
         maps, mean = self.maps, self.moments.mean
-        step = steps_of(dims.keys, maps.q)
-        found = self.components.of([place // 2 for place in order_of(dims.keys)[::2]])
-        chosen = list(found.pairs)
-        half = maps.qk_dim // 2
-        real, imag = maps.k[:, chosen], maps.k[:, [half + pair for pair in chosen]]  # [G, n, D]
-        made = torch.einsum("ng,gnd->nd", found.analysis, torch.complex(real, imag))
-        rows = torch.view_as_real(made).movedim(-1, 1).flatten(0, 1)  # parts side by side
-        v_step = steps_of(dims.values, maps.q)
-        order = order_of(dims.values)
+        step, v_step = (torch.tensor(code.steps).to(maps.q) for code in (dims.keys, dims.values))
+        chosen = [index // 2 for index in dims.keys.order[::2]]
+        found = self.components.of(chosen)
+        rows = torch.view_as_real(self.rows[chosen])
+        rows = rows.movedim(-1, 1).flatten(0, 1)  # parts side by side
+        order = list(dims.values.order)
         down, up = self.values.down[order], self.values.up[:, order]
         kv_a = torch.cat([rows / step[:, None], down / v_step[:, None]])
         synthesis = found.synthesis.mT * step[::2]
@@ -303,6 +341,11 @@ class KeyComponents:
     pairs: tuple[int, ...]
     analysis: Complex[Tensor, "n G"]
     synthesis: Complex[Tensor, "n G"]
+
+    def of_pairs(self) -> Iterator[tuple[int, list[int]]]:
+        """Every frequency, and its components."""
+        for pair in sorted(set(self.pairs)):
+            yield pair, [index for index, other in enumerate(self.pairs) if other == pair]
 
     def of(self, chosen: list[int]) -> "KeyComponents":
         return KeyComponents(

@@ -1,18 +1,18 @@
 """How a budget of bits is dealt out to the channels of a transform code.
 
-A channel of variance v, whose error weighs w in the model's loss, adds w v d(b) to it with b bits,
-where d(b) is what quantising leaves of a channel of variance 1. Source coding deals bits by reverse
-water-filling: the next bit goes where it takes away most (Cover and Thomas, Elements of Information
-Theory, 10.3.3). Here channels have one of a few numbers of bits, and for a price per bit each takes
-the number at which its error and its bits' price together are least (Everett 1963).
+To code a channel with b bits adds to the model's loss the mean over tokens of (g e)^2 / 2, where e
+is the token's error and g the gradient of the log-likelihood with respect to the channel's number.
+Both are measured on calibration text, token by token: channels have tails, and their tails matter.
+Source coding deals bits by reverse water-filling: the next bit goes where it takes away most (Cover
+and Thomas, Elements of Information Theory, 10.3.3). Here channels have one of a few numbers of
+bits, and for a price per bit each takes the number at which its error and its bits' price together
+are least (Everett 1963).
 
-A step is how many standard deviations of its channel: smaller ones would clamp too much, larger
-ones round too coarsely. Channels have longer tails than a normal distribution.
+Letters: N tokens, c channels, n units of channels that have one number of bits.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -21,59 +21,122 @@ from torch import Tensor
 from ..modeling.coding import BITS, Code
 from .errors import InputError
 
-# Standard deviations in a step, and the share of a channel's variance that is left as error.
-STEPS = {8: 0.0625, 4: 0.44, 2: 1.1}
-LEFT = {0: 1.0, 2: 0.125, 4: 0.0165, 8: 0.0004}
+# Steps to choose from, in standard deviations of a channel: small ones clamp, large ones round.
+STEPS = {
+    8: (0.02, 0.03, 0.045, 0.0625, 0.09, 0.14),
+    4: (0.28, 0.36, 0.44, 0.54, 0.68, 0.9),
+    2: (0.8, 0.95, 1.1, 1.3, 1.6, 2.0),
+}
+# Of what a channel's spread would weigh at a mean gradient: what its error is taken to weigh least.
+LEAST = 0.1
 
 Counts = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Channels:
-    """The channels of one code, by falling energy.
+class Dealt:
+    """The code of a row, and which channel lies where in it.
 
     Args:
-        energy: of each unit, the error that leaving it out adds to the loss.
-        unit: channels that have one number of bits and stand together: 2 of a rotated pair.
+        counts: how many channels have 8, 4 and 2 bits.
+        order: for every place of the row the channel that lies there.
+        steps: for every place, in units of the channel.
     """
 
-    energy: Float[Tensor, " n"]
+    counts: Counts = (0, 0, 0)
+    order: tuple[int, ...] = ()
+    steps: tuple[float, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return Code(self.counts).bytes
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of one code, and what every number of bits leaves of their error.
+
+    Args:
+        left: of each unit, the error with 0 bits and with each number of `BITS`.
+        steps: the best step with each number of `BITS`.
+        unit: channels that have one number of bits and one step, and stand together: 2 of a pair.
+    """
+
+    left: Float[Tensor, "n 4"]
+    steps: Float[Tensor, "n 3"]
     unit: int = 1
 
-    def counts(self, price: float, allowed: Sequence[int]) -> Counts:
-        """How many channels have 8, 4 and 2 bits at a price per bit; whole bytes, and one at least.
+    @classmethod
+    def measured(
+        cls, numbers: Float[Tensor, "N c"], gradients: Float[Tensor, "N c"], unit: int = 1
+    ) -> "Channels":
+        """Of tokens' numbers, about zero, and the gradients with respect to them.
+
+        Args:
+            unit: of the channels side by side that make one.
+        """
+        size = numbers.square().mean(0).unflatten(0, (-1, unit)).mean(-1).sqrt()  # [n]
+        size = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5).repeat_interleave(unit)
+        weights = gradients.square()
+        weights = weights + LEAST * weights.mean(0)  # a token of the text stands for many
+
+        def error(wrong: Float[Tensor, "N c"]) -> Float[Tensor, " n"]:
+            return (weights * wrong.square()).mean(0).unflatten(0, (-1, unit)).sum(-1)
+
+        left, steps = [error(numbers)], []
+        for bits in BITS:
+            most = 2 ** (bits - 1) - 0.5
+            tried = []
+            for step in STEPS[bits]:
+                found = (numbers / (step * size)).floor().add(0.5).clamp(-most, most)
+                tried.append(error(found * (step * size) - numbers))
+            best = torch.stack(tried).min(0)
+            left.append(best.values)
+            steps.append(torch.tensor(STEPS[bits]).to(size)[best.indices] * size[::unit])
+        return cls(torch.stack(left, 1), torch.stack(steps, 1), unit)
+
+    def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
+        """The code at a price per bit; it has whole bytes, and one at least.
 
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
         """
-        steps = [0, *sorted(allowed)]
-        reached: dict[int, int] = {}
-        for less, more in pairwise(steps):
-            saved = self.energy * (LEFT[less] - LEFT[more]) / (more - less)
-            reached[more] = int((saved > price).sum())
-        counts = dict.fromkeys(BITS, 0)
-        taken, above = 0, 0
-        for bits in sorted(allowed, reverse=True):
-            whole = 8 // bits  # units, so that no unit lies in two stretches of a row
-            wanted = max(0, reached[bits] - taken)
-            last = bits == min(allowed)
-            found = round(wanted / whole) * whole
-            if last and not above + found:
+        bits = torch.tensor([0, *BITS], dtype=self.left.dtype)
+        # What no number of bits is allowed for costs without end.
+        barred = torch.tensor([False, *(b not in allowed for b in BITS)])
+        cost = (self.left + price * self.unit * bits).masked_fill(barred, torch.inf)
+        chosen = bits[cost.argmin(1)]
+        # Of those with equal bits, the first are those that would lose most by fewer.
+        need = self.left[:, 0] - self.left[:, 1:].min(1).values
+        ranked = sorted(range(len(need)), key=lambda i: (-float(chosen[i]), -float(need[i])))
+        counts, start = [], 0
+        for number in BITS:
+            whole = 8 // number  # units, so that no unit lies in two stretches of a row
+            wanted = int((chosen >= number).sum()) - start
+            found = max(0, -(-wanted // whole)) * whole
+            if number == min(allowed) and not start + found:
                 found = whole
-            room = (len(self.energy) - taken) // whole * whole
-            counts[bits] = min(found, room) * self.unit
-            taken += counts[bits] // self.unit
-            above += counts[bits]
-        return counts[8], counts[4], counts[2]
+            room = (len(ranked) - start) // whole * whole
+            counts.append(min(found, room) if number in allowed else 0)
+            start += counts[-1]
+        code = Code(tuple(count * self.unit for count in counts))
+        order, steps = [0] * code.channels, [0.0] * code.channels
+        for index, place in enumerate(code.places()):
+            unit, part = divmod(index, self.unit)
+            order[place] = ranked[unit] * self.unit + part
+            column = BITS.index(code.bits()[place])
+            steps[place] = float(self.steps[ranked[unit], column])
+        wide, middle, narrow = code.counts
+        return Dealt((wide, middle, narrow), tuple(order), tuple(steps))
 
 
 def deal(
     layers: Sequence[Sequence[Channels]], most_bytes: float, allowed: Sequence[int] = BITS
-) -> list[tuple[Counts, ...]]:
-    """The counts of every layer's codes that leave the least error in so many bytes a token.
+) -> list[tuple[Dealt, ...]]:
+    """Every layer's codes that leave the least error in so many bytes a token.
 
     Args:
-        layers: every layer's codes.
+        layers: every layer's channels.
         most_bytes: of all layers together.
         allowed: the numbers of bits that a channel may have, beside none.
 
@@ -81,33 +144,20 @@ def deal(
         InputError: the bytes do not suffice for a channel of each code.
     """
 
-    def dealt(price: float) -> list[tuple[Counts, ...]]:
-        return [tuple(codes.counts(price, allowed) for codes in layer) for layer in layers]
+    def dealt(price: float) -> list[tuple[Dealt, ...]]:
+        return [tuple(codes.dealt(price, allowed) for codes in layer) for layer in layers]
 
-    def size(counts: list[tuple[Counts, ...]]) -> int:
-        return sum(Code(code).bytes for layer in counts for code in layer)
+    def size(found: list[tuple[Dealt, ...]]) -> int:
+        return sum(code.bytes for layer in found for code in layer)
 
-    least = dealt(torch.inf)
-    if size(least) > most_bytes:
+    least = size(dealt(torch.inf))
+    if least > most_bytes:
         raise InputError(
             f"the budget leaves {most_bytes:.0f} bytes a token for all layers' codes, and they "
-            f"need {size(least)}. Give a larger --kv-budget."
+            f"need {least}. Give a larger --kv-budget."
         )
-    low, high = 1e-40, 1e40
-    for _ in range(200):
+    low, high = 1e-30, 1e30
+    while high / low > 1 + 1e-6:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if size(dealt(middle)) <= most_bytes else (middle, high)
     return dealt(high)
-
-
-def steps_of(counts: Counts, like: Tensor) -> Float[Tensor, " c"]:
-    """The step of every channel of a row, in the channel's standard deviations."""
-    return torch.tensor([STEPS[bits] for bits in Code(counts).bits()]).to(like)
-
-
-def order_of(counts: Counts) -> list[int]:
-    """For every channel of a row, which it is by falling energy."""
-    order = [0] * sum(counts)
-    for number, place in enumerate(Code(counts).places()):
-        order[place] = number
-    return order

@@ -29,12 +29,14 @@ from .errors import InputError
 from .families import Family
 from .maps import AttentionMaps, attention, normalised, project, rotate, token_angles
 from .memory import release
-from .moments import CodingMoments
+from .moments import CodingMoments, CodingTokens
 from .stream import LayerStream
 from .work import load, save
 
 # The first tokens of a sequence do not count: attention sinks matter as no other token does.
 SKIP = 4
+# Tokens whose gradients are multiplied at a time.
+TOKENS_AT_ONCE = 4096
 # Tokens whose logits are in memory at a time, some four times: 2 GB for a vocabulary of 256,000.
 HEAD_TOKENS = 512
 
@@ -52,7 +54,7 @@ def fisher_moments(
     clock: Clock,
     progress: Progress,
     skip: int = SKIP,
-) -> Iterator[tuple[int, AttentionMaps, CodingMoments]]:
+) -> Iterator[tuple[int, AttentionMaps, CodingMoments, CodingTokens]]:
     """Every layer's index and its moments [M, M], in float32, from the last layer to the first.
 
     The input of every layer lies in `work`, in float32, until the layer's moments are made: 4 N T D
@@ -87,9 +89,10 @@ def fisher_moments(
     progress("importance", layers + 1, total, {})
     for layer in reversed(range(layers)):
         file = _input_file(work, layer)
-        maps, moments = stream.back(layer, load(file, torch.device("cpu")), gradients, skip)
+        found = stream.back(layer, load(file, torch.device("cpu")), gradients, skip)
         file.unlink()
-        yield layer, maps, moments
+        yield layer, *found
+        del found  # before the next layer's are made
         release()
         progress("importance", total - layer, total, {})
 
@@ -116,7 +119,10 @@ class BackwardStream(LayerStream):
         """
         assert self.hidden is not None
         gradients = torch.empty_like(self.hidden)
-        inputs, found = (x.flatten(0, 1).split(HEAD_TOKENS) for x in (self.hidden, gradients))
+        # No more than have a position, where positions are learned.
+        most = getattr(self.source.config, "max_position_embeddings", HEAD_TOKENS)
+        step = min(HEAD_TOKENS, most)
+        inputs, found = (x.flatten(0, 1).split(step) for x in (self.hidden, gradients))
         with self._head() as head, self.clock("importance"):
             for hidden, gradient in zip(inputs, found, strict=True):
                 leaf = hidden[None].to(self.device).detach().requires_grad_()
@@ -173,8 +179,8 @@ class BackwardStream(LayerStream):
         inputs: Float[Tensor, "N T D"],
         gradients: Float[Tensor, "N T D"],
         skip: int,
-    ) -> tuple[AttentionMaps, CodingMoments]:
-        """The layer's maps, and its moments in float32.
+    ) -> tuple[AttentionMaps, CodingMoments, CodingTokens]:
+        """The layer's maps, and its moments and their tokens in float32.
 
         They are over all tokens but each sequence's first `skip`.
 
@@ -191,10 +197,7 @@ class BackwardStream(LayerStream):
         # The maps compute what the model's attention does, and hand out keys and values.
         attends = module.get_submodule(self.family.attention)
         attends.forward = lambda hidden_states, *_, **__: (attention(maps, hidden_states), None)
-        width = maps.kv_heads * (maps.qk_dim + maps.v_dim)
-        total = torch.zeros(maps.hidden, dtype=torch.float64, device=self.device)
-        products = total.new_zeros(maps.hidden, maps.hidden)
-        importance = total.new_zeros(width, width)
+        read, slopes = [], []
         with self.clock("importance"):
             for rows in self._rows():
                 batch = inputs[rows].to(self.device).detach().requires_grad_()
@@ -203,18 +206,14 @@ class BackwardStream(LayerStream):
                 ascent = gradients[rows].to(self.device)
                 found = torch.autograd.grad(out, (batch, *maps.made[1:]), ascent)
                 gradients[rows] = found[0]
-                x, slopes = _counted(maps.made[:1], skip).double(), _counted(found[1:], skip)
-                total += x.sum(0)
-                products += x.T @ x
-                importance += slopes.T @ slopes
+                read.append(_counted(maps.made[:1], skip))
+                slopes.append(_counted(found[1:], skip))
         del attends.forward
         module.to("meta")
         self._check(gradients, f"layer {layer} has gradients that are")
-        count = inputs[:, skip:, 0].numel()
-        mean = total / count
-        covariance = products / count - mean.outer(mean)
-        moments = CodingMoments(importance / count, covariance, mean)
-        return source, in_precision(moments, torch.float32)
+        positions = torch.arange(skip, inputs.shape[1], device=self.device).float()
+        seen = CodingTokens(torch.cat(read), torch.cat(slopes), positions.repeat(len(inputs)))
+        return source, moments_of(seen), seen
 
     def _check(self, values: Tensor, what: str) -> None:
         if not values.isfinite().all():
@@ -246,6 +245,16 @@ class _Recorded(AttentionMaps):
         angles = token_angles(self.inv_freq, x)[:, None]
         keys = normalised(self.made[1], self.k_norm, self.norm_eps)
         return rotate(self.queries(x), angles), rotate(keys, angles), self.made[2]
+
+
+def moments_of(seen: CodingTokens) -> CodingMoments:
+    """The tokens' moments, summed in float64."""
+    x = seen.inputs.double()
+    mean = x.mean(0)
+    x = x - mean
+    importance = sum(part.T @ part for part in seen.gradients.double().split(TOKENS_AT_ONCE))
+    moments = CodingMoments(importance / len(x), x.T @ x / len(x), mean)
+    return in_precision(moments, torch.float32)
 
 
 def _counted(parts: Sequence[Float[Tensor, "B T *_"]], skip: int) -> Float[Tensor, "tokens M"]:

@@ -141,7 +141,7 @@ def _mean_dims(target: Target) -> Any:
 
 def code_of(dims: Dims) -> tuple[Counts, Counts] | None:
     """How many channels of keys, and of values, have 8, 4 and 2 bits, where they are coded."""
-    return (dims.keys, dims.values) if isinstance(dims, CodedDims) else None
+    return dims.counts if isinstance(dims, CodedDims) else None
 
 
 def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:

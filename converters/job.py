@@ -118,9 +118,9 @@ class Job:
             progress=self.progress,
             skip=self.recipe.exact_tokens,
         )
-        for layer, maps, moments in found:
+        for layer, maps, moments, seen in found:
             with self.clock("statistics"):
-                asked = self.target.asked(maps.to(self.precision), moments)
+                asked = self.target.channels(maps.to(self.precision), moments, seen)
             save(files[layer], {"moments": moments, "curve": {}, "share": 0.0, "asked": asked})
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:

@@ -56,6 +56,21 @@ class CodingMoments:
     mean: Float[Tensor, " D"]
 
 
+@dataclass(frozen=True)
+class CodingTokens:
+    """The tokens that `CodingMoments` are of.
+
+    Args:
+        inputs: of the layer.
+        gradients: g of every token.
+        positions: of the tokens in their sequences.
+    """
+
+    inputs: Float[Tensor, "N D"]
+    gradients: Float[Tensor, "N M"]
+    positions: Float[Tensor, " N"]
+
+
 def latent_moments(
     maps: AttentionMaps,
     x: Float[Tensor, "N T D"],

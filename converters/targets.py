@@ -15,7 +15,7 @@ from .. import modeling
 from .budget import Budget, key_scales
 from .calibration import in_precision
 from .coded import CodedDims, JointTransform, TurnedTransform
-from .coding import Channels, deal
+from .coding import Channels, Dealt, deal
 from .errors import InputError
 from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
@@ -24,7 +24,7 @@ from .maps import AttentionMaps
 from .mfa import MFADims, mfa_builder
 from .mfa_kr import mfa_kr_builder
 from .mla import mla_builder
-from .moments import CodingMoments, LatentMoments, latent_moments
+from .moments import CodingMoments, CodingTokens, LatentMoments, latent_moments
 from .plan import READ_MARGIN, READ_SPLITS, TRIED_SPLITS, LayerDims, split_width
 from .recipe import LayerReport, Recipe
 from .rope_split import (
@@ -39,6 +39,8 @@ PRESETS = ("engine",)
 # MFA's queries may lose, by their low rank, this share of the error that the layer has anyway.
 QUERY_SHARE = 0.02
 ROUNDING = 1e-8
+# Tokens by which the errors of coded channels are measured.
+CODED_TOKENS = 4096
 
 
 class Dims(Protocol):
@@ -134,6 +136,10 @@ class Target(ABC):
         self, maps: AttentionMaps, x: Float[Tensor, "N T D"], generator: torch.Generator
     ) -> Any:
         """What calibration inputs say about a layer."""
+
+    def channels(self, maps: AttentionMaps, moments: CodingMoments, seen: CodingTokens) -> Any:
+        """What the whole model says of a layer, where it is asked."""
+        raise NotImplementedError
 
     @abstractmethod
     def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
@@ -358,28 +364,21 @@ class CodedMLATarget(Target):
         They are about what calibration gives: every channel has 4 bits, or 8 where more bytes than
         that are left.
         """
-        size = int(self.bytes / self.config.num_hidden_layers)
+        parts = 1 if self.joint else 2
         most = min(2 * self.keys, self.config.hidden_size) if self.joint else self.keys
-        return self._mean_dims(size, most)
+        each = int(self.bytes / self.config.num_hidden_layers / parts)
+        bits = 4 if 4 in self.allowed else 8
+        count = max(4, min(each * 8 // bits, most) // 4 * 4)
+        wide = 0
+        if bits == 4 and 8 in self.allowed:  # 4 bits more for each channel that then has 8
+            wide = min(max(0, each - count // 2) * 2 // 4 * 4, count)
+        found = Dealt((wide, count - wide, 0) if bits == 4 else (count, 0, 0))
+        return self._coded([found] * parts)
 
-    def _mean_dims(self, size: int, most: int) -> CodedDims:
-        each = size if self.joint else size // 2
-        counts = dict.fromkeys((8, 4, 2), 0)
-        least = 4 if 4 in self.allowed else 8
-        counts[least] = max(4, min(each * 8 // least, most) // 4 * 4)
-        if 8 in self.allowed:  # 4 bits more for each channel that then has 8
-            more = max(0, each - sum(bits * count for bits, count in counts.items()) // 8)
-            wide = min(2 * more // 4 * 4, counts[4])
-            counts[4] -= wide
-            counts[8] += wide
-        found = tuple(counts.values())
-        none = (0, 0, 0)
-        return self._coded((found, none) if self.joint else (found, found))
-
-    def _coded(self, counts: Sequence[Any]) -> CodedDims:
-        values = (0, 0, 0) if self.joint else counts[1]
+    def _coded(self, codes: Sequence[Dealt]) -> CodedDims:
+        values = Dealt() if self.joint else codes[1]
         exact = self.recipe.exact_tokens
-        return CodedDims(counts[0], values, exact, not self.joint, self.scales)
+        return CodedDims(codes[0], values, exact, not self.joint, self.scales)
 
     def moments(self, maps, x, generator) -> None:
         return None
@@ -394,11 +393,16 @@ class CodedMLATarget(Target):
     def builder(self, maps, moments) -> Callable[[CodedDims], LatentAttention]:
         return self.transform(maps, moments).build
 
-    def asked(self, maps, moments) -> tuple[Channels, ...]:
-        return self.transform(maps, moments).channels()
+    def channels(
+        self, maps: AttentionMaps, moments: CodingMoments, seen: CodingTokens
+    ) -> tuple[Channels, ...]:
+        """What each channel of a layer's codes costs with any number of bits."""
+        step = max(1, len(seen.inputs) // CODED_TOKENS)
+        few = CodingTokens(seen.inputs[::step], seen.gradients[::step], seen.positions[::step])
+        return self.transform(maps, moments).channels(in_precision(few, maps.q.dtype))
 
     def shared(self, dims, asked) -> list[CodedDims]:
-        return [self._coded(counts) for counts in deal(asked, self.bytes, self.allowed)]
+        return [self._coded(codes) for codes in deal(asked, self.bytes, self.allowed)]
 
     def finish(self, form, x, error, generator) -> LatentAttention:
         rank = self.recipe.q_lora_rank

@@ -25,7 +25,7 @@ import torch
 
 from .calibration import Kronecker, PhaseMoments
 from .coded import CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA
-from .coding import Channels
+from .coding import Channels, Dealt
 from .errors import InputError
 from .gqa import GQA, GQAMoments
 from .mfa import MFA, MFARows
@@ -40,7 +40,7 @@ from .writer import NO_SPACE
 
 KEPT: list[Any] = [
     *(CodingMoments, Components, GQA, GQAMoments, Kronecker, LatentMoments, PhaseMoments),
-    *(Channels, CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA),
+    *(Channels, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
     *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
 ]
 

@@ -1,5 +1,6 @@
 """The size of a model's KV cache, read off the tensors that a forward pass leaves in it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -28,9 +29,17 @@ def kv_bytes_per_token(model: Any) -> int:
 
 def cache_bytes_of_config(config: PretrainedConfig) -> int:
     """The same of the model a config describes, run without weights on the meta device."""
+    config = copy.deepcopy(config)
+    config.pad_token_id = None  # some models look for it among the ids, which have no values here
+    # Experts all in one product, which takes any dtype there.
+    options = {"experts_implementation": "batched_mm"} if _has_experts(config) else {}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     return kv_bytes_per_token(model.eval())
+
+
+def _has_experts(config: PretrainedConfig) -> bool:
+    return any(hasattr(config, name) for name in ("num_experts", "num_local_experts"))
 
 
 def exact_bytes(config: PretrainedConfig) -> int:

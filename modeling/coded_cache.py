@@ -37,11 +37,13 @@ class FirstTokens(CacheLayerMixin):
         Args:
             seen: tokens in the cache before them.
             count: K.
-            starts: of the sequences; heeded for a cache's first tokens.
+            starts: of the sequences.
         """
+        self.starts = None if starts is None else starts.expand(len(rows))
         if self.first is None:
-            self.starts = starts
             self.first = rows.new_zeros(len(rows), count, rows.shape[-1])
+        elif _is_frozen(self.first):
+            self.first = self.first.clone()
         if isinstance(seen, int) and self.starts is None:
             new = rows[:, : max(0, count - seen)]
             self.first[:, seen : seen + new.shape[1]] = new
@@ -68,7 +70,8 @@ class FirstTokens(CacheLayerMixin):
             rows[:, : kept.shape[1]] = kept
             return
         # A window of slots that begins where the first token is, if that is there still.
-        dropped = (torch.as_tensor(seen, device=rows.device) - total).clamp_min(0)
+        dropped = seen - total
+        dropped = max(0, dropped) if isinstance(dropped, int) else dropped.clamp_min(0)
         begin = self._starts(rows) - dropped
         slots = begin.clamp(0, max(0, total - count))
         slots = slots + torch.arange(min(count, total), device=rows.device)
@@ -111,6 +114,13 @@ def _taken(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
+def _is_frozen(held: torch.Tensor) -> bool:
+    """Whether a tensor was made in inference mode, and cannot be written to now."""
+    if torch.compiler.is_compiling():
+        return False
+    return held.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class CodedLayer(FirstTokens, DynamicLayer):
     """A growing cache of coded rows, which does not copy what it holds for every new token."""
 
@@ -123,12 +133,19 @@ class CodedLayer(FirstTokens, DynamicLayer):
         self.values = self._grown(1, self.values, value_states)
         return self.keys, self.values
 
+    def offload(self):
+        super().offload()
+        if self.is_initialized:
+            self._buffers = [self.keys, self.values]  # else they would stay on the device
+
     def _grown(self, number: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # a compiler cannot compare addresses
+            return torch.cat((held, new), dim=2)
         length, total = held.shape[2], held.shape[2] + new.shape[2]
         buffer = self._buffers[number]
         # Other tensors were put in their place, by a choice of sequences or a move to the CPU.
         moved = held.data_ptr() != buffer.data_ptr() or held.shape[:2] != buffer.shape[:2]
-        if moved or total > buffer.shape[2]:
+        if moved or total > buffer.shape[2] or _is_frozen(buffer):
             room = total + max(LEAST_GROWTH, total // GROWTH)
             buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
             buffer[:, :, :length] = held
@@ -144,8 +161,16 @@ class CodedSlidingLayer(FirstTokens, DynamicSlidingWindowLayer):
 class CodedStaticLayer(FirstTokens, StaticLayer):
     """A cache of coded rows of a fixed size."""
 
+    values: torch.Tensor
 
-class CodedStaticSlidingLayer(FirstTokens, StaticSlidingWindowLayer):
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        if self.values.dtype != value_states.dtype:  # transformers 5.16 gives both that of keys
+            self.values = self.values.to(value_states.dtype)
+            torch._dynamo.mark_static_address(self.values)
+
+
+class CodedStaticSlidingLayer(CodedStaticLayer, StaticSlidingWindowLayer):
     """A cache of coded rows of a fixed size that keeps a window of them."""
 
 
@@ -169,10 +194,15 @@ def coded_layer(cache: Cache, layer_idx: int) -> FirstTokens:
     if isinstance(layer, FirstTokens):
         return layer
     kind = CODED.get(type(layer))
-    if kind is None or layer.is_initialized:
+    if kind is None:
         raise ValueError(
             f"{type(cache).__name__} with a {type(layer).__name__} cannot hold what this model "
             "caches, which is coded already. Give a DynamicCache or a StaticCache, or none."
+        )
+    if layer.is_initialized:
+        raise ValueError(
+            f"This {type(cache).__name__} holds what another model cached, or room for it, and "
+            "this model caches codes. Give an empty one, or none."
         )
     coded = kind.__new__(kind)
     coded.__dict__.update(layer.__dict__)

@@ -9,11 +9,14 @@ B batch, T tokens, c channels of a row.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 # The bits that a channel can have, in the order of a row's channels.
 BITS = (8, 4, 2)
+# An additive mask's number that leaves no weight: they are from -1e4 to -inf.
+NEGLIGIBLE = -1e3
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Code:
         """
         most = self._half(rows) - 0.5
         within = torch.minimum(torch.maximum(rows, -most), most)
-        return within + (within.floor() + 0.5 - within).detach()
+        # What is added is 0: the middle of a step is exact in any dtype, as it is when it is read.
+        return within.floor().detach() + 0.5 + (within - within.detach())
 
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         """The code, uint8 [..., bytes], of rows [..., c]."""
@@ -101,7 +105,7 @@ class Code:
         )
         # In 8 bits, which are quick: 128 more or less is one and the same, and the sign is right.
         steps = [(part - half).view(torch.int8) for part, half in parts if part.shape[-1]]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and steps:
             return torch.cat(steps, dim=-1).to(dtype)
         rows = torch.empty(*code.shape[:-1], self.channels, dtype=dtype, device=code.device)
         start = 0
@@ -133,21 +137,25 @@ def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     return _constant_on(values, like.dtype, like.device)
 
 
-def first_real(mask: object, positions: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The index of each row's first token that is no padding, [B]; None where all begin at once.
+def first_real(mask: Any, length: int, column: int | torch.Tensor = 0) -> torch.Tensor | None:
+    """The index of each row's first new token that is no padding, [B]; None where none is padding.
+
+    It is T where all are padding.
 
     Args:
-        mask: the attention mask of a prompt, [B, 1, T, S] or [B, S], boolean or additive.
-        positions: position ids [B, T], for masks of another kind.
+        mask: the attention mask, [B, 1, T, S] or [B, S], boolean or additive, or a BlockMask.
         length: T.
+        column: the place among the mask's S of the first new token.
     """
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)
-        real = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-    elif isinstance(mask, torch.Tensor):
-        real = mask[:, :length].bool()
-    elif mask is None or positions is None:
+    if isinstance(mask, torch.Tensor):
+        new = torch.arange(length, device=mask.device)
+        own = mask[:, 0, new, new + column] if mask.dim() == 4 else mask[:, new + column]
+        real = own > NEGLIGIBLE if own.is_floating_point() else own.bool()
+    elif hasattr(mask, "mask_mod"):
+        device = mask.kv_num_blocks.device
+        batch, new = (torch.arange(count, device=device) for count in (mask.shape[0], length))
+        real = mask.mask_mod(batch[:, None], new.new_zeros(()), new, new + column)
+        real = real.expand(len(batch), length)
+    else:
         return None
-    else:  # padding has positions of 0 or more, and the first token has 0
-        return positions[:, :length].argmin(-1)
-    return (real.cumsum(-1) == 0).sum(-1) % length
+    return (real.cumsum(-1) == 0).sum(-1)

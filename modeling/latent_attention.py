@@ -29,7 +29,7 @@ class LatentAttention(ConvertedAttention, ABC):
 
     # Keys are cached before their rotation, and turned by their slot when they are read.
     on_read = False
-    # Keys are turned by their slot when they are cached.
+    # Keys are turned when they are cached, by their distance from the sequence's first token.
     by_slot = False
     # What reads a latent, in layouts that have one for keys and values.
     kv_lora_rank: int
@@ -116,16 +116,22 @@ class LatentAttention(ConvertedAttention, ABC):
         cache = self._take_cache(cache, kwargs)
         query = self.queries(hidden_states)
         rotation = Rotation.at_positions(position_embeddings)
-        slots = None
+        slots = starts = None
         if cache is not None and (self.on_read or self.by_slot):
             # Before the update: a static cache's length is a tensor that it counts up in place.
             seen = cache.get_seq_length(self.layer_idx)
-            slots = torch.arange(length, device=hidden_states.device) + seen
-            rotation = Rotation.at_slots(position_embeddings, slots)
+            slots = positions = torch.arange(length, device=hidden_states.device) + seen
+            if self.by_slot:
+                starts = self.stored.starts(cache, self.layer_idx, attention_mask, length)
+                positions = slots if starts is None else slots - starts[:, None, None]
+            rotation = Rotation.at_slots(position_embeddings, positions)
+        elif self.by_slot:
+            starts = self.stored.starts(None, self.layer_idx, attention_mask, length)
+            positions = since_first(kwargs.get("position_ids"), starts, hidden_states)
+            rotation = Rotation.at_slots(position_embeddings, positions, alone=True)
         keys, values = self.cached(hidden_states, rotation)
         if cache is None:
-            positions = kwargs.get("position_ids")
-            keys, values = self.stored.alone(keys, values, attention_mask, positions)
+            keys, values = self.stored.alone(keys, values, attention_mask)
         else:
             keys, values = self.stored.update(
                 cache, self.layer_idx, keys, values, attention_mask, kwargs
@@ -133,8 +139,10 @@ class LatentAttention(ConvertedAttention, ABC):
             if self.on_read:
                 slots = self._slots_in(keys, slots)
                 rotation = Rotation.at_slots(position_embeddings, slots)
-            elif self.by_slot and self.sliding_window is not None:
-                rotation = rotation.after(slots - self._slots_in(keys, slots))
+            elif self.by_slot and (starts is not None or self.sliding_window is not None):
+                dropped = (slots - self._slots_in(keys, slots))[-1]
+                first = dropped if starts is None else dropped - starts[:, None, None]
+                rotation = rotation.beginning_at(first)
         if cache is not None and self._can_absorb(length, keys, attention_mask):
             output, weights = self.absorbed(query, keys, values, attention_mask, rotation)
         else:
@@ -151,6 +159,24 @@ class LatentAttention(ConvertedAttention, ABC):
             and all(_is_plain(layer, keys) for layer in self.readers())
             and self.absorbs(length, keys.shape[2])
         )
+
+
+def since_first(positions, starts, hidden_states):
+    """Positions [B, 1, T] counted from that of each sequence's first token.
+
+    Args:
+        positions: position ids, [B or 1, T]; None for 0 to T - 1.
+        starts: the index of the first token, [B]; None where there is no padding.
+        hidden_states: of the same tokens, [B, T, hidden].
+    """
+    batch, length = hidden_states.shape[:2]
+    if positions is None:
+        positions = torch.arange(length, device=hidden_states.device)[None]
+    if starts is None:
+        first = positions[:, :1]
+    else:  # a row may be all padding
+        first = positions.expand(batch, -1).gather(1, starts.clamp_max(length - 1)[:, None])
+    return (positions - first)[:, None]
 
 
 def _is_plain(layer: nn.Module, cached: torch.Tensor) -> bool:

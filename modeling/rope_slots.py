@@ -95,8 +95,8 @@ class Rotation:
         angles: of the forward pass.
     """
 
-    # How many first tokens the cache has dropped; None for none.
-    dropped: torch.Tensor | None = None
+    # Where the first of the cached tokens stands, a number or [B, 1, 1]; None for 0.
+    first: torch.Tensor | None = None
 
     def __init__(self, query, new, keys, slots=None, angles: SlotAngles | None = None):
         self._query, self._new, self._keys = query, new, keys
@@ -115,21 +115,24 @@ class Rotation:
         return cls(query, keys, keys, None, angles)
 
     @classmethod
-    def at_slots(cls, position_embeddings, slots: torch.Tensor) -> "Rotation":
-        """By the slots of the cache."""
+    def at_slots(cls, position_embeddings, slots: torch.Tensor, alone: bool = False) -> "Rotation":
+        """By the slots of the cache, [T] or [B, 1, T]; `alone` if there are no other keys."""
         angles = position_embeddings[2]
         if angles is None:
             return cls(None, None, None)
         # The factor of RoPE types such as YaRN stands on both sides of a score.
         new = angles.at(slots)
         query = tuple(x * angles.score_scaling for x in new)
-        return cls(query, new, None, slots, angles)
+        return cls(query, new, new if alone else None, slots, angles)
 
-    def after(self, dropped: torch.Tensor) -> "Rotation":
-        """The same for a cache that has dropped its first tokens, as many as `dropped` [T] says."""
-        first = copy(self)
-        first.dropped = dropped[-1]
-        return first
+    def beginning_at(self, first: torch.Tensor) -> "Rotation":
+        """The same for a cache whose first token stands at `first`, a number or [B, 1, 1].
+
+        That is above 0 where the cache has dropped tokens, below it where it begins with padding.
+        """
+        moved = copy(self)
+        moved.first = first
+        return moved
 
     def query(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         """Queries [B, H, T, 2 m] turned; of m frequencies, those of `index` or all."""
@@ -148,9 +151,9 @@ class Rotation:
         if self._keys is not None:
             return self._keys
         assert self.angles is not None
-        if self.dropped is None:
+        if self.first is None:
             return self.angles.table(length, device)
-        return self.angles.at(torch.arange(length, device=device) + self.dropped)
+        return self.angles.at(torch.arange(length, device=device) + self.first)
 
 
 def _selected(angles, index):

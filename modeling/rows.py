@@ -18,7 +18,7 @@ HALF = 0.5
 class PlainRows:
     """Rows that are cached as they are."""
 
-    def alone(self, keys, values, mask, positions):
+    def alone(self, keys, values, mask):
         """Keys and values as attention reads them without a cache."""
         return keys, values
 
@@ -45,11 +45,29 @@ class CodedRows:
         self.keys, self.values, self.exact = keys, values, exact
         self.missing = HALF if halves else 0.0
 
-    def alone(self, keys, values, mask, positions):
+    def alone(self, keys, values, mask):
         rows, rest = self._rows(keys, values)
-        starts = first_real(mask, positions, rows.shape[1])
+        starts = self.starts(None, 0, mask, rows.shape[1])
         keys, values = self._read_back(rows, 0, starts)
         return keys, torch.cat((values, rest), dim=-1) if rest.shape[-1] else values
+
+    def starts(self, cache, layer_idx: int, mask, length: int) -> torch.Tensor | None:
+        """The slot of each sequence's first token, after its padding, [B]; None for no padding.
+
+        The `length` new tokens are not in the cache yet. A sequence of which there was nothing but
+        padding so far begins among them or behind them.
+        """
+        if cache is None:
+            return first_real(mask, length)
+        layer, seen = coded_layer(cache, layer_idx), cache.get_seq_length(layer_idx)
+        if layer.first is None:
+            return first_real(mask, length)
+        if layer.starts is None:
+            return None
+        found = first_real(mask, length, seen - cache.get_mask_sizes(length, layer_idx)[1])
+        if found is None:
+            return layer.starts
+        return torch.where(layer.starts < seen, layer.starts, seen + found)
 
     def update(self, cache, layer_idx, keys, values, mask, kwargs):
         rows, rest = self._rows(keys, values)
@@ -57,9 +75,7 @@ class CodedRows:
         seen, length = cache.get_seq_length(layer_idx), rows.shape[1]
         if isinstance(seen, torch.Tensor):
             seen = seen.clone()  # a static cache counts it up in place
-        starts = None
-        if layer.first is None:
-            starts = first_real(mask, kwargs.get("position_ids"), length)
+        starts = self.starts(cache, layer_idx, mask, length)
         layer.keep_first(rows.detach() - self.missing, seen, self.exact, starts)
         packed = torch.cat([code.packed(part) for code, part in self._each(rows)], dim=-1)
         codes, rest = cache.update(packed.unsqueeze(1), rest, layer_idx, kwargs=kwargs)
@@ -73,11 +89,11 @@ class CodedRows:
             channel += code.channels
             read.append(part.unsqueeze(1))
         if rows.requires_grad:  # the new tokens' own take part in the gradient
-            new = self._read_back(rows, seen, layer.starts)
-            read = [
-                torch.cat((part[:, :, :-length], own), dim=2)
-                for part, own in zip(read, new, strict=True)
-            ]
+            # Where they lie: a static cache has room behind them, a sliding one has dropped some.
+            last = torch.arange(length, device=rows.device) + read[0].shape[2] - length
+            slots = torch.minimum(torch.arange(length, device=rows.device) + seen, last)
+            new = self._read_back(rows, seen, starts)
+            read = [part.index_copy(2, slots, own) for part, own in zip(read, new, strict=True)]
         return read[0], torch.cat((read[1], rest), dim=-1) if rest.shape[-1] else read[1]
 
     def _rows(self, keys, values):
@@ -87,7 +103,7 @@ class CodedRows:
         )
         return torch.cat((keys, coded), dim=-1).squeeze(1), rest
 
-    def _read_back(self, rows, seen: int, starts):
+    def _read_back(self, rows, seen, starts):
         """Keys and values [B, 1, T, ...] as they are read of rows [B, T, c] after `seen` others."""
         read = torch.cat([code.rounded(part) for code, part in self._each(rows)], dim=-1)
         since = torch.arange(rows.shape[1], device=rows.device) + seen

@@ -9,7 +9,12 @@ from transformers import LlamaConfig
 
 from rehead.converters import inspection
 from rehead.converters.inspection import offers, pays_from_tokens
-from rehead.evaluation import capacity, parameter_counts
+from rehead.evaluation import (
+    cache_bytes_of_config,
+    capacity,
+    kv_bytes_per_token,
+    parameter_counts,
+)
 from rehead.modeling import CLASSES
 
 
@@ -162,6 +167,13 @@ def attention_parameters(model) -> int:
     """The parameters of the modules that are called attention."""
     found = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
     return sum(p.numel() for module in found for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", sources.FAMILIES)
+def test_the_cache_of_every_family_is_measured_without_weights(family):
+    config_class, model_class, given = sources.FAMILIES[family]
+    model = model_class(config_class(**given)).eval()
+    assert cache_bytes_of_config(model.config) == kv_bytes_per_token(model) > 0
 
 
 @pytest.mark.parametrize("family", sources.FAMILIES)

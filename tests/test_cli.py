@@ -27,6 +27,8 @@ CONVERT_OPTIONS = {
     "--to",
     "--output",
     "--kv-budget",
+    "--kv-bits",
+    "--exact-tokens",
     "--kv-lora-rank",
     "--qk-rope-head-dim",
     "--q-lora-rank",
@@ -286,14 +288,14 @@ def test_options_reach_the_conversion(conversion, capsys):
         **dict.fromkeys(("num_key_value_heads", "pooling", "head_dim", "share_q_dim", "preset")),
         **dict.fromkeys(("uniform_rank", "native", "dry_run", "resume", "force"), False),
         **{"to": "mla", "output": Path("llama-7b-mla")},
-        **{"rope": "decoupled", "seed": 0, "device": "cpu"},
+        **{"rope": "decoupled", "seed": 0, "device": "cpu", "kv_bits": None, "exact_tokens": None},
     }
     given = {
         **{"output": Path("x"), "kv_budget": "33%", "calibration": "c.txt", "samples": 8},
         **{"heal": 0, "rope": "on-read", "seed": 7, "dtype": "bfloat16", "device": "cuda"},
         **{"kv_lora_rank": 96, "qk_rope_head_dim": 0, "q_lora_rank": 64},
         **{"num_key_value_heads": 2, "pooling": "mean", "head_dim": 48, "share_q_dim": 99},
-        **{"preset": "engine"},
+        **{"preset": "engine", "kv_bits": "auto", "exact_tokens": 2},
     }
     flags = ("uniform_rank", "native", "dry_run", "resume", "force")
     args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]

@@ -52,7 +52,7 @@ def streamed(folder, work, ids=IDS, generator=None, skip=SKIP):
         progress=lambda *call: None,
         skip=skip,
     )
-    return {layer: moments for layer, _, moments in found}
+    return {layer: moments for layer, _, moments, _ in found}
 
 
 def numbers_of(model, layer, out):

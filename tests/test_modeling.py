@@ -29,7 +29,8 @@ EXACT = {form: partial(tiny.exact, form=form) for form in tiny.FORMS}
 EXACT |= {form: partial(tiny.exact_mfa, form=form) for form in ("mfa", "mfa_kr")}
 CASES = [*tiny.CASES, *tiny.MFA_CASES]
 # One for each class of attention.
-LAYOUTS = {form: (form, {}) for form in MODELS} | {"inputs": ("on_read", dict(kv_lora_rank=32))}
+LAYOUTS = {form: (make, {}) for form, make in MODELS.items()}
+LAYOUTS |= {"inputs": (MODELS["on_read"], dict(kv_lora_rank=32)), "turned keys": (tiny.coded, {})}
 CLASSES = {"mla": MLA_CLASSES, "mfa": MFA_CLASSES, "gqa": GQA_CLASSES}
 
 
@@ -45,15 +46,16 @@ def test_a_config_of_defaults_has_the_familys_head_width(form, family):
 
 def test_layouts_are_all_there_are():
     """The list of them in this file, but for GQA, which is the stock classes' own."""
-    models = [MODELS[form](**fields) for form, fields in LAYOUTS.values()]
+    models = [make(**fields) for make, fields in LAYOUTS.values()]
     found = {type(model.model.layers[0].self_attn) for model in models}
     assert found == set(tiny.ATTENTION.values()) - {tiny.ATTENTION["gqa"]}
 
 
-@pytest.mark.parametrize("form", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_attentions_are_recorded_and_sum_to_one(form, ids):
-    model = MODELS[form]()
+def test_attentions_are_recorded_and_sum_to_one(layout, ids):
+    make, fields = LAYOUTS[layout]
+    model = make(**fields)
     model.set_attn_implementation("eager")
     out = model(ids, output_attentions=True, output_hidden_states=True)
     step = model(ids[:, :1], **tiny.cached(model, cache_of(out)), output_attentions=True)
@@ -89,7 +91,8 @@ def test_saved_model_loads_equal_with_auto_classes(family, form, ids, tmp_path):
     shared = ("cached_decoding", "converted_attention", "converted_config", "converted_model")
     forms = (f"{form}{kind}" for form in ("gqa", "mfa", "mla") for kind in ("", "_config"))
     layouts = ("latent_attention", "shared_key", "key_norm", "on_read", "whole_keys", "mfa_kr")
-    modules = (*shared, *forms, *layouts, "families", "read_kernel", "rope_slots")
+    coded = ("coded_cache", "coding", "rows", "turned_keys")
+    modules = (*shared, *forms, *layouts, *coded, "families", "read_kernel", "rope_slots")
     assert code == {f"{name}.py" for name in modules}
     loaded.save_pretrained(tmp_path / "again")
     for name in ("config.json", *code):
@@ -147,8 +150,8 @@ def test_bfloat16_decodes_as_well_as_it_computes_whole(form, ids):
 @torch.no_grad()
 def test_prefill_has_the_sources_width(layout, cached, monkeypatch):
     """No weights of all pairs of tokens, and nothing wider than a head of twice the source's."""
-    form, fields = LAYOUTS[layout]
-    model, length = MODELS[form](**fields), 600
+    make, fields = LAYOUTS[layout]
+    model, length = make(**fields), 600
     attn, x = model.model.layers[0].self_attn, torch.randn(2, length, 32)
     rope = model.model.rotary_emb(x, torch.arange(length)[None])
     most, head = 2 * 4 * length * 2 * 8, 8
@@ -184,8 +187,8 @@ def test_prefill_has_the_sources_width(layout, cached, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prefill_of_a_batch_that_is_trained_has_the_sources_width_too(layout):
-    form, fields = LAYOUTS[layout]
-    model, length = MODELS[form](**fields).train(), 600
+    make, fields = LAYOUTS[layout]
+    model, length = make(**fields).train(), 600
     attn, x = model.model.layers[0].self_attn, torch.randn(2, length, 32)
     rope = model.model.rotary_emb(x, torch.arange(length)[None])
     with tiny.Largest() as found:

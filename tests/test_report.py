@@ -28,7 +28,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 def layer(index: int, rank: int, pairs: tuple[int, ...]) -> LayerReport:
     energy = tuple(0.5**i for i in range(40))
     dims = {"kv_lora_rank": rank, "qk_rope_head_dim": 2 * len(pairs)}
-    return LayerReport(index, dims, pairs, 0.02, 0.01 * (index + 1), (100, 90), 8, energy)
+    return LayerReport(index, dims, pairs, 0.02, 0.01 * (index + 1), (100, 90), 8, energy=energy)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from transformers import (
 from rehead.modeling import MFA_CLASSES, MLA_CLASSES
 from rehead.modeling.cached_decoding import cache_argument, cache_of
 from rehead.modeling.families import FORMS as FORM_ROWS
+from rehead.modeling.latent_attention import LatentAttention
 
 SOURCES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -50,6 +51,17 @@ DECOUPLED = dict(kv_lora_rank=12, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1,
 ON_READ = dict(kv_lora_rank=12, qk_rope_head_dim=0, rope_on_read=True)
 ROPE_READ = ON_READ | dict(qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
 FORMS = {"decoupled": DECOUPLED, "on_read": ON_READ, "rope_read": ROPE_READ}
+# Layouts whose rows are cached as codes, layers with numbers of bits of their own.
+CODED = {
+    "turned keys": dict(
+        kv_lora_rank=12,
+        qk_rope_head_dim=12,
+        rope_pairs=[[0, 1, 1, 2, 3, 3], [3, 0, 0, 2, 1, 1]],
+        code_channels=[[[6, 2, 4], [6, 2, 4]], [[2, 6, 4], [4, 4, 4]]],
+    ),
+    "whole keys": ON_READ | dict(code_channels=[[[6, 2, 4], [0, 0, 0]], [[4, 4, 4], [0, 0, 0]]]),
+}
+CODED["mla"] = CODED["whole keys"] | dict(rope_on_read=False)
 FACTORED = dict(mfa_head_dim=11, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
 # Below the head's width every head has rows of the key head's.
 NARROW = FACTORED | dict(mfa_head_dim=7)
@@ -170,6 +182,48 @@ def mla(family: str = "llama", form: str = "decoupled", seed: int = 0, **fields)
     config_class, model_class = MLA[family]
     fields = {"rope_parameters": ROPE_TYPES["default"]} | FORMS[form] | fields
     return fill_biases(model_class(config_class(**BASE | fields))).eval()
+
+
+def coded(
+    layout: str = "turned keys", family: str = "llama", source: dict | None = None, **fields
+) -> torch.nn.Module:
+    """A randomly initialised MLA model of the family that caches codes of a layout in `CODED`.
+
+    Rows are as large as codes reach, so that every step counts and a few numbers are clamped; what
+    reads them is as much smaller.
+
+    Args:
+        source: the source's own fields; None for those of a Llama.
+    """
+    torch.manual_seed(0)
+    config_class, model_class = MLA[family]
+    source = source or BASE | dict(rope_parameters=ROPE_TYPES["default"])
+    own = CODED[layout] | BIASES | dict(qk_norm=config_class.norms_keys)
+    model = fill_biases(model_class(config_class(**source | own | fields))).eval()
+    with torch.no_grad():
+        for attention in model.modules():
+            if isinstance(attention, LatentAttention):
+                _spread_over_steps(attention)
+    return model
+
+
+def _spread_over_steps(attention: LatentAttention):
+    rows = attention.kv_a_proj_with_mqa
+    codes = attention.stored.keys, attention.stored.values
+    deviation = 0.45 * torch.cat([half_steps(code) for code in codes])
+    size = deviation / rows.weight.norm(dim=1)
+    rows.weight.mul_(size[:, None])
+    rows.bias.mul_(size)
+    attention.kv_b_proj.weight.div_(deviation[-attention.kv_lora_rank :])
+    if attention.qk_rope_head_dim and hasattr(attention, "k_mean"):
+        pairs = deviation[: attention.qk_rope_head_dim].view(-1, 2)
+        attention.k_synthesis.div_(pairs.mT.flatten()).mul_(1.5)
+        attention.k_mean.normal_(0, 0.7)
+
+
+def half_steps(code) -> torch.Tensor:
+    """Half of the steps that each channel of a code has, [c]."""
+    return code.rounded(torch.full((code.channels,), 1e6)) + 0.5
 
 
 def mfa(family: str = "llama", form: str = "mfa", seed: int = 0, **fields) -> torch.nn.Module:

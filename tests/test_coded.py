@@ -1,0 +1,339 @@
+"""The transform code of a layer's keys and values, and how its bits are dealt out."""
+
+import itertools
+import random
+import re
+from dataclasses import replace
+
+import folders
+import layers
+import pytest
+import sources
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import error
+from transformers import AutoModelForCausalLM
+
+from rehead.converters import InputError, convert, plan
+from rehead.converters.calibration import in_precision
+from rehead.converters.coded import CodedDims, JointTransform, TurnedTransform
+from rehead.converters.coding import Channels, Dealt, deal
+from rehead.converters.families import FAMILIES
+from rehead.converters.fisher import moments_of
+from rehead.converters.maps import attention, reference_attention
+from rehead.converters.moments import CodingTokens
+from rehead.evaluation import kv_bytes_per_token
+from rehead.modeling.coding import Code
+
+SHAPES = {
+    "grouped": {},
+    "grouped, biases": dict(bias=True),
+    "a head each": dict(groups=4, hidden=48),
+    "cache wider than the input": dict(groups=4, hidden=24, bias=True),
+    "one key head": dict(groups=1, bias=True),
+}
+
+
+def tokens_of(maps, x, seed=3):
+    """Tokens with inputs x, and gradients that are like nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    width = maps.k[..., 0].numel() + maps.v[..., 0].numel()
+    draw = torch.randn(x[..., 0].numel(), width, generator=generator, dtype=torch.float64)
+    gradients = draw * torch.logspace(1, -1, width, dtype=torch.float64)
+    gradients = gradients @ torch.randn(width, width, generator=generator, dtype=torch.float64)
+    positions = torch.arange(x.shape[1], dtype=torch.float64).repeat(len(x))
+    return CodingTokens(x.flatten(0, 1).double(), gradients, positions)
+
+
+def layer(shape, kind, **fields):
+    """(maps, inputs, transform, tokens) of one layer."""
+    fields = SHAPES[shape] | fields
+    maps = layers.maps(**fields)
+    if kind == "position-free":
+        maps = replace(maps, inv_freq=torch.zeros_like(maps.inv_freq))
+    x = layers.inputs(6, 40, fields.get("hidden", layers.HIDDEN), dtype=torch.float64)
+    seen = tokens_of(maps, x)
+    moments = in_precision(moments_of(seen), torch.float64)
+    transform = TurnedTransform.of if kind == "turned" else JointTransform
+    return maps, x, transform(maps, moments), seen
+
+
+def dims_of(transform, seen, kind, share=1.0, bits=8, exact=4):
+    """The channels of each code that matter most, all with so many bits."""
+    codes = []
+    for channels in transform.channels(seen):
+        count = int(share * len(channels.left) * channels.unit) // 8 * 8
+        first = channels.left[:, 0].argsort(descending=True)[: count // channels.unit]
+        order = (first[:, None] * channels.unit + torch.arange(channels.unit)).flatten()
+        steps = channels.steps[first, (8, 4, 2).index(bits)].repeat_interleave(channels.unit)
+        counts = tuple(count if bits == b else 0 for b in (8, 4, 2))
+        codes.append(Dealt(counts, tuple(order.tolist()), tuple(steps.tolist())))
+    return CodedDims(codes[0], codes[1] if kind == "turned" else Dealt(), exact, kind == "turned")
+
+
+KINDS = ["turned", "whole keys", "position-free"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_channels_are_the_source(shape, kind):
+    """Before they are rounded; with a channel fewer they are not."""
+    maps, x, transform, seen = layer(shape, kind)
+    dims = dims_of(transform, seen, kind)
+    everything = [len(c.left) * c.unit for c in transform.channels(seen)]
+    if [sum(counts) for counts in dims.counts][: len(everything)] != everything:
+        pytest.skip("the widths are no multiple of 8")
+    meant = reference_attention(maps, x[0])
+    whole = reference_attention(transform.build(dims).expand(), x[0])
+    assert error(whole, meant) < 1e-6
+    fewer = transform.build(dims_of(transform, seen, kind, share=0.8))
+    assert error(reference_attention(fewer.expand(), x[0]), meant) > 1e-4
+
+
+@pytest.mark.parametrize("norm", [None, "head", "all"])
+@pytest.mark.parametrize("kind", ["turned", "whole keys"])
+def test_coding_costs_what_its_bits_say(kind, norm):
+    """Near the source with 8 bits, further with 4, far with 2; and the first tokens are exact."""
+    maps, x, transform, seen = layer("grouped", kind, norm=norm)
+    meant = attention(maps, x)
+    off = {}
+    for bits in (8, 4, 2):
+        form = transform.build(dims_of(transform, seen, kind, bits=bits))
+        found = attention(form.reader(), x)
+        off[bits] = error(found[:, 8:], meant[:, 8:])
+        assert error(found[:, :4], meant[:, :4]) < 1e-6
+    assert 4 * off[8] < 2 * off[4] < off[2] and off[8] < 0.03
+    bare = transform.build(dims_of(transform, seen, kind, bits=4, exact=0))
+    assert error(attention(bare.reader(), x)[:, :4], meant[:, :4]) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_channels_are_uncorrelated_of_unit_size_and_weighed_apart(shape, kind):
+    """What the Karhunen-Loeve transform under the importance is."""
+    maps, _, transform, _ = layer(shape, kind)
+    moments, keys = transform.moments, maps.k[..., 0].numel()
+    own = slice(keys, None) if kind == "turned" else slice(None)
+    factors = transform.values if kind == "turned" else transform.factors
+    count = int((factors.energy > 1e-5 * factors.energy[0]).sum())
+    down, up = factors.down[:count], factors.up[:, :count]
+    eye = torch.eye(count, dtype=torch.float64)
+    assert error(down @ moments.covariance @ down.T, eye) < 1e-4
+    weight = up.T @ moments.importance[own, own] @ up
+    assert error(weight, torch.diag(factors.energy[:count])) < 1e-4
+
+
+def test_a_component_is_a_mix_of_one_frequency():
+    maps, x, transform, _ = layer("a head each", "turned")
+    components = transform.components
+    half, groups = maps.qk_dim // 2, maps.kv_heads
+    assert sorted(components.pairs) == sorted([*range(half)] * groups)
+    keys = maps.k @ x[0].T  # [G, E, T]
+    keys = torch.complex(keys[:, :half], keys[:, half:])
+    for pair in range(half):
+        mine = [i for i, p in enumerate(components.pairs) if p == pair]
+        z = components.analysis[mine] @ keys[:, pair]
+        made = components.synthesis[mine].mT @ z
+        assert error(torch.view_as_real(made), torch.view_as_real(keys[:, pair])) < 1e-6
+        # Of all components of its frequency, the first is worth most.
+        assert mine == sorted(mine, key=lambda i: -components.energy[i])
+
+
+def some_channels(count, generator, unit=1, tokens=64):
+    """Channels of very different size, some with long tails."""
+    shape = tokens, count * unit
+    draw = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    sizes = torch.rand(count, generator=generator, dtype=torch.float64).pow(5)
+    numbers = draw * draw.abs().pow(0.3) * sizes.repeat_interleave(unit)
+    return Channels.measured(numbers, torch.randn(*shape, generator=generator).double(), unit)
+
+
+def left_by(dealt, channels):
+    """The error that a code leaves of its channels."""
+    bits = torch.zeros(len(channels.left), dtype=torch.long)
+    for place, index in enumerate(dealt.order):
+        bits[index // channels.unit] = 1 + (8, 4, 2).index(Code(dealt.counts).bits()[place])
+    return float(channels.left.gather(1, bits[:, None]).sum())
+
+
+def test_bits_are_dealt_where_they_take_away_most():
+    """Near the best of all choices of bits of few channels, which need not fill whole bytes."""
+    channels = some_channels(8, torch.Generator().manual_seed(0))
+    column = {0: 0, 8: 1, 4: 2, 2: 3}
+    for size in (2, 3, 4, 5, 6):
+        ((dealt,),) = deal([[channels]], size)
+        assert dealt.bytes <= size
+        best = min(
+            sum(float(channels.left[i, column[b]]) for i, b in enumerate(bits))
+            for bits in itertools.product(column, repeat=8)
+            if sum(bits) <= 8 * size
+        )
+        assert best <= left_by(dealt, channels) * (1 + 1e-9)
+        assert left_by(dealt, channels) < 4 * best
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 0.5), st.sampled_from([(8, 4, 2), (8,), (4,)]))
+def test_the_budget_is_kept_and_used(seed, share, allowed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = [[some_channels(32, generator, 2), some_channels(48, generator)] for _ in range(3)]
+    most = share * 2 * 3 * (64 + 48)
+    found = deal(codes, most, allowed)
+    pairs = [
+        (dealt, channels)
+        for row, channels_of_layer in zip(found, codes, strict=True)
+        for dealt, channels in zip(row, channels_of_layer, strict=True)
+    ]
+    for dealt, channels in pairs:
+        width = len(channels.left) * channels.unit
+        assert 0 < sum(dealt.counts) == len(set(dealt.order)) <= width
+        assert all(n == 0 or b in allowed for n, b in zip(dealt.counts, (8, 4, 2), strict=True))
+        if channels.unit == 2:  # the parts of a pair are alike, and lie side by side
+            bits = Code(dealt.counts).bits()
+            assert bits[::2] == bits[1::2] and dealt.steps[::2] == dealt.steps[1::2]
+            assert [i + 1 for i in dealt.order[::2]] == [*dealt.order[1::2]]
+    used = sum(dealt.bytes for dealt, _ in pairs)
+    assert used <= most
+    # Less again would leave more error.
+    less = deal(codes, 0.8 * most, allowed) if 0.8 * most > 24 else found
+    before, after = (
+        sum(left_by(d, c) for d, (_, c) in zip(itertools.chain(*rows), pairs, strict=True))
+        for rows in (found, less)
+    )
+    assert before <= after
+
+
+def test_a_budget_below_a_channel_each_is_refused():
+    channels = some_channels(8, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match=r"need \d+. Give a larger --kv-budget"):
+        deal([[channels]] * 4, 3)
+
+
+def test_tails_are_measured_not_presumed():
+    """Two channels of one size and weight: the one with rare large numbers loses more by 4 bits."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(4000, generator=generator, dtype=torch.float64)
+    rare = torch.where(torch.rand(4000, generator=generator) < 0.01, 10.0, 0.1) * plain
+    numbers = torch.stack([plain / plain.std(), rare / rare.std()], 1)
+    gradients = torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+    channels = Channels.measured(numbers, gradients)
+    left = channels.left / channels.left[:, :1]
+    assert left[1, 2] > 2 * left[0, 2]
+    assert channels.steps[1, 1] > channels.steps[0, 1]
+    for column, bits in enumerate((8, 4, 2)):  # a channel of a normal distribution (1960 Max)
+        assert left[0, column + 1] == pytest.approx({8: 8e-5, 4: 0.0117, 2: 0.119}[bits], rel=0.3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(words(0, 1200))
+    return path
+
+
+CODED = dict(to="mla", kv_bits="auto", heal=0, kv_budget=0.25)
+WORDS = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "small", "and"]
+
+
+def words(seed, count):
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+# Of the calibration text's kind, but not of it.
+IDS = torch.tensor(folders.tokenizer()(words(1, 40)).input_ids)[:100].view(2, 50)
+
+
+@pytest.mark.parametrize("rope", ["decoupled", "on-read"])
+@pytest.mark.parametrize("case", [*sources.CASES])
+@torch.no_grad()
+def test_every_family_is_coded(case, rope, tmp_path, text):
+    """The budget is kept, the cache holds it, and more of it is nearer to the source."""
+    family = sources.CASES[case][0]
+    if rope == "on-read" and not FAMILIES[family].rotary_dim(sources.model(case).config):
+        pytest.skip("nothing is rotated")
+    model = folders.save(tmp_path / "source", sources.model(case))
+    logits, off = model(IDS, use_cache=False).logits, {}
+    for budget in (0.5, 0.2):
+        options = CODED | dict(rope=rope, kv_budget=budget, calibration=str(text))
+        out = tmp_path / f"{budget}"
+        done = convert(str(tmp_path / "source"), output=out, **options)
+        assert done.kv_budget <= budget
+        coded = AutoModelForCausalLM.from_pretrained(out).eval()
+        scale = model.dtype.itemsize
+        assert kv_bytes_per_token(coded) == done.kv_bytes_per_token["converted"]
+        assert (
+            done.kv_bytes_per_token["converted"]
+            <= budget * (done.kv_bytes_per_token["source"] * 2 / scale)
+            + coded.config.key_scales * (scale - 2) * coded.config.num_hidden_layers
+        )
+        off[budget] = error(coded(IDS, use_cache=False).logits, logits)
+        whole = coded.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(coded.generate(IDS, max_new_tokens=6, do_sample=False), whole)
+    assert off[0.5] < 1.1 * off[0.2]
+    assert off[0.5] < 0.25
+
+
+def divergence(model, other):
+    """The mean KL divergence of the other's predictions from the model's, on held-out text."""
+    wanted, found = (m(IDS, use_cache=False).logits.log_softmax(-1) for m in (model, other))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@torch.no_grad()
+def test_bits_by_importance_beat_equal_bits(tmp_path, text):
+    """The twin: as many bytes, each channel that is kept with 8 or with 4 bits."""
+    model = folders.save(tmp_path / "source")
+    off = {}
+    for bits in ("auto", "8", "4"):
+        out = tmp_path / bits
+        convert(
+            str(tmp_path / "source"),
+            output=out,
+            **CODED | dict(kv_bits=bits, kv_budget=0.18, calibration=str(text)),
+        )
+        coded = AutoModelForCausalLM.from_pretrained(out).eval()
+        off[bits] = divergence(model, coded)
+        if bits != "auto":
+            used = {
+                b
+                for layer in coded.config.code_channels
+                for part in layer
+                for b, n in zip((8, 4, 2), part, strict=True)
+                if n
+            }
+            assert used == {int(bits)}
+    assert off["auto"] < min(off["8"], off["4"])
+
+
+def test_a_plan_has_the_bytes_of_the_conversion(tmp_path, text):
+    folders.save(tmp_path / "source")
+    options = CODED | dict(calibration=str(text))
+    planned = plan(str(tmp_path / "source"), **options)
+    done = convert(str(tmp_path / "source"), output=tmp_path / "out", **options)
+    assert planned.kv_bytes_per_token == done.kv_bytes_per_token
+    assert planned.attention_parameters["converted"] == pytest.approx(
+        done.attention_parameters["converted"], rel=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (dict(to="mfa"), "--kv-bits auto means nothing to mfa. It belongs to mla."),
+        (dict(kv_lora_rank=8), "--kv-lora-rank asks for dims of 16-bit numbers"),
+        (dict(native=True), "--native asks for dims of 16-bit numbers"),
+        (dict(kv_bits=3), "--kv-bits 3 is unknown. Use auto, 16, 8, 4."),
+        (dict(kv_budget="0.1%"), "Give a larger"),
+    ],
+)
+def test_what_cannot_be_coded_is_refused_in_one_line(options, line, tmp_path, text):
+    folders.save(tmp_path / "source")
+    with pytest.raises(InputError, match=re.escape(line)) as told:
+        convert(
+            str(tmp_path / "source"),
+            output=tmp_path / "out",
+            **CODED | dict(calibration=str(text)) | options,
+        )
+    assert "\n" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
