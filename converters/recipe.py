@@ -143,8 +143,9 @@ class Conversion:
         """What the cached numbers are coded with, in words."""
         if self.channels is None:
             return None
+        mean = f"{16 * self.kv_budget:.3g}"
         return (
-            f"{16 * self.kv_budget:.3g} bits for each number that the original caches "
+            f"{mean} bit{'' if mean == '1' else 's'} for each number that the original caches "
             f"({channel_words([*self.channels.values()])})"
         )
 
