@@ -196,8 +196,13 @@ class JointTransform:
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
         """What each channel costs with any number of bits."""
+        both = [self._felt(some) for some in (seen, seen.first) if some is not None]
+        return (Channels.measured(*both),)
+
+    def _felt(self, seen: CodingTokens) -> tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]:
+        """The tokens' channels, and gradients with respect to them."""
         numbers = (seen.inputs - self.moments.mean) @ self.factors.down.mT
-        return (Channels.measured(numbers, seen.gradients @ self.factors.up),)
+        return numbers, seen.gradients @ self.factors.up
 
     def build(self, dims: CodedDims) -> Coded:
         """The layer with the first channels coded."""
@@ -262,6 +267,12 @@ class TurnedTransform:
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
         """What each pair of keys, and each channel of values, costs with any number of bits."""
+        felt = [self._felt(some) for some in (seen, seen.first) if some is not None]
+        keys, values = zip(*felt, strict=True)
+        return Channels.measured(*keys, unit=2), Channels.measured(*values)
+
+    def _felt(self, seen: CodingTokens) -> Any:
+        """The tokens' keys as they are coded, and their values, each with gradients."""
         x = seen.inputs - self.moments.mean
         keys = self.maps.kv_heads * self.maps.qk_dim
         slopes = seen.gradients[:, :keys].unflatten(1, (self.maps.kv_heads, -1))
@@ -274,12 +285,9 @@ class TurnedTransform:
             return torch.view_as_real(z * turns).flatten(1)
 
         made = side_by_side(linear(x.to(self.rows.dtype), self.rows))
-        felt = self._felt(torch.complex(*slopes.chunk(2, dim=-1)))
+        felt = self._of_components(torch.complex(*slopes.chunk(2, dim=-1)))
         values = x @ self.values.down.mT
-        return (
-            Channels.measured(made, side_by_side(felt), 2),
-            Channels.measured(values, seen.gradients[:, keys:] @ self.values.up),
-        )
+        return (made, side_by_side(felt)), (values, seen.gradients[:, keys:] @ self.values.up)
 
     @cached_property
     def rows(self) -> Complex[Tensor, "n D"]:
@@ -290,7 +298,7 @@ class TurnedTransform:
             made[mine] = self.components.analysis[mine] @ keys[:, pair]
         return made
 
-    def _felt(self, slopes: Complex[Tensor, "N G P"]) -> Complex[Tensor, "N n"]:
+    def _of_components(self, slopes: Complex[Tensor, "N G P"]) -> Complex[Tensor, "N n"]:
         """Gradients with respect to components, of those with respect to keys."""
         felt = slopes.new_empty(len(slopes), len(self.components.pairs))
         for pair, mine in self.components.of_pairs():

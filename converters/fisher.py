@@ -14,7 +14,7 @@ width, V value width, M = G E + G V.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,8 @@ class BackwardStream(LayerStream):
         # The maps compute what the model's attention does, and hand out keys and values.
         attends = module.get_submodule(self.family.attention)
         attends.forward = lambda hidden_states, *_, **__: (attention(maps, hidden_states), None)
-        read, slopes = [], []
+        seen: list[CodingTokens] = []
+        first: list[CodingTokens] = []
         with self.clock("importance"):
             for rows in self._rows():
                 batch = inputs[rows].to(self.device).detach().requires_grad_()
@@ -206,14 +207,13 @@ class BackwardStream(LayerStream):
                 ascent = gradients[rows].to(self.device)
                 found = torch.autograd.grad(out, (batch, *maps.made[1:]), ascent)
                 gradients[rows] = found[0]
-                read.append(_counted(maps.made[:1], skip))
-                slopes.append(_counted(found[1:], skip))
+                for some, tokens in ((first, slice(skip)), (seen, slice(skip, None))):
+                    some.append(_tokens(maps.made[0], found[1:], tokens))
         del attends.forward
         module.to("meta")
         self._check(gradients, f"layer {layer} has gradients that are")
-        positions = torch.arange(skip, inputs.shape[1], device=self.device).float()
-        seen = CodingTokens(torch.cat(read), torch.cat(slopes), positions.repeat(len(inputs)))
-        return source, moments_of(seen), seen
+        counted = replace(_together(seen), first=_together(first) if skip else None)
+        return source, moments_of(counted), counted
 
     def _check(self, values: Tensor, what: str) -> None:
         if not values.isfinite().all():
@@ -257,9 +257,25 @@ def moments_of(seen: CodingTokens) -> CodingMoments:
     return in_precision(moments, torch.float32)
 
 
-def _counted(parts: Sequence[Float[Tensor, "B T *_"]], skip: int) -> Float[Tensor, "tokens M"]:
-    """The parts side by side, such as keys and values of all KV heads, of the tokens that count."""
-    return torch.cat([part.detach()[:, skip:].flatten(2) for part in parts], dim=2).flatten(0, 1)
+def _tokens(
+    inputs: Float[Tensor, "B T D"], slopes: Sequence[Float[Tensor, "B T G _"]], chosen: slice
+) -> CodingTokens:
+    """Chosen tokens of every sequence, with the gradients of keys and values side by side."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device).float()[chosen]
+    gradients = torch.cat([part[:, chosen].flatten(2) for part in slopes], dim=2)
+    return CodingTokens(
+        inputs.detach()[:, chosen].flatten(0, 1),
+        gradients.flatten(0, 1),
+        positions.repeat(len(inputs)),
+    )
+
+
+def _together(parts: Sequence[CodingTokens]) -> CodingTokens:
+    return CodingTokens(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.gradients for part in parts]),
+        torch.cat([part.positions for part in parts]),
+    )
 
 
 def _input_file(work: Path, layer: int) -> Path:

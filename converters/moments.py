@@ -64,11 +64,18 @@ class CodingTokens:
         inputs: of the layer.
         gradients: g of every token.
         positions: of the tokens in their sequences.
+        first: the sequences' first tokens, which the moments are not of; None for none.
     """
 
     inputs: Float[Tensor, "N D"]
     gradients: Float[Tensor, "N M"]
     positions: Float[Tensor, " N"]
+    first: "CodingTokens | None" = None
+
+    def every(self, step: int) -> "CodingTokens":
+        """Every so many tokens, and all first ones."""
+        parts = self.inputs[::step], self.gradients[::step], self.positions[::step]
+        return CodingTokens(*parts, self.first)
 
 
 def latent_moments(

@@ -398,8 +398,8 @@ class CodedMLATarget(Target):
     ) -> tuple[Channels, ...]:
         """What each channel of a layer's codes costs with any number of bits."""
         step = max(1, len(seen.inputs) // CODED_TOKENS)
-        few = CodingTokens(seen.inputs[::step], seen.gradients[::step], seen.positions[::step])
-        return self.transform(maps, moments).channels(in_precision(few, maps.q.dtype))
+        few = in_precision(seen.every(step), maps.q.dtype)
+        return self.transform(maps, moments).channels(few)
 
     def shared(self, dims, asked) -> list[CodedDims]:
         return [self._coded(codes) for codes in deal(asked, self.bytes, self.allowed)]

@@ -36,6 +36,14 @@ class ConvertedModelMixin(PreTrainedModel):
         check_if_newer(cls)
         return super().from_pretrained(*args, **kwargs)
 
+    @classmethod
+    def is_backend_compatible(cls):
+        """Whether an engine may put a cache of its own keys and values in an attention's place.
+
+        What the other forms cache is no key and no value.
+        """
+        return cls.config_class.form_name == "GQA"
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, ConvertedAttention):
