@@ -120,7 +120,7 @@ class TurnedKeyMLA(Coded, SharedKeyAttention):
     Args:
         kv_a: [components, the two parts of each pair side by side | latent of the values].
         k_mean: what is constant in keys, before their rotation.
-        v_b: from the latent.
+        kv_b: values of every KV head, from the latent.
     """
 
     kv_a: Float[Tensor, "c D"]
