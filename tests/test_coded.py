@@ -225,7 +225,7 @@ def test_tails_and_first_tokens_are_measured():
     assert left[1, 2] > 2 * left[0, 2]
     for column, bits in enumerate((8, 4, 2)):  # a channel of a normal distribution (1960 Max)
         assert left[0, column + 1] == pytest.approx({8: 3e-4, 4: 0.0117, 2: 0.119}[bits], rel=0.5)
-    first = torch.tensor([[0.0, 50.0]]).double(), torch.ones(1, 2).double()
+    first = torch.tensor([[0.0, 200.0]]).double(), torch.ones(1, 2).double()
     sunk = Channels.measured((numbers, gradients), first)
     assert sunk.left[0, 0] == channels.left[0, 0] and sunk.left[1, 0] > 2 * channels.left[1, 0]
     assert torch.equal(sunk.left[:, 1:], channels.left[:, 1:])

@@ -15,6 +15,7 @@ from pathlib import Path
 import folders
 import layers
 import pytest
+import test_coded as coded
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,7 +161,7 @@ def test_a_killed_conversion_ends_in_the_same_bytes(source, text, tmp_path):
 def layouts(kind=LatentAttention):
     """Every class of a layer that can be written, or fitted."""
     below = [found for sub in kind.__subclasses__() for found in layouts(sub)]
-    return below if below or inspect.isabstract(kind) else [kind]
+    return below if inspect.isabstract(kind) else [kind, *below]
 
 
 def test_every_layout_is_kept_and_read_again(tmp_path, monkeypatch):
@@ -182,6 +183,9 @@ def test_every_layout_is_kept_and_read_again(tmp_path, monkeypatch):
         for width in (12, 6):
             made.append(mfa_builder(maps, moments)(MFADims(width, 4)))
             made.append(mfa_kr_builder(maps, moments)(MFADims(width, 4, True)))
+    for kind in coded.KINDS:
+        _, _, transform, seen = coded.layer("grouped", kind)
+        made.append(transform.build(coded.dims_of(transform, seen, kind)))
     assert found == {type(form).__name__ for form in made if isinstance(form, LatentAttention)}
     for form in made:
         work.save(tmp_path / "layer.pt", (form, 0.5))
