@@ -28,7 +28,7 @@ from .processes import Processes
 from .recipe import LayerReport, Recipe
 from .refit import refit_output, refit_values
 from .stream import LayerStream, OnTensor, ignore
-from .targets import Dims, Target
+from .targets import CodedMLATarget, Dims, Target
 from .verify import verify
 from .work import load, save
 from .writer import Writer
@@ -87,8 +87,8 @@ class Job:
             if not name.startswith(f"{self.family.layers}."):
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
         files = [_moments_file(work, layer) for layer in range(self.layers)]
-        if self.target.asks_model:
-            self._survey_model(tokens[:SURVEY_SEQUENCES], work, files)
+        if isinstance(self.target, CodedMLATarget):
+            self._survey_model(self.target, tokens[:SURVEY_SEQUENCES], work, files)
             self.processes.wait()
             return self.processes.of_first(self._dims(files) if self.processes.first else None)
         # What moments and choices take from the text is coarser than bfloat16.
@@ -100,7 +100,9 @@ class Job:
         self.processes.wait()
         return self.processes.of_first(self._dims(files) if self.processes.first else None)
 
-    def _survey_model(self, tokens: Tensor, work: Path, files: list[Path]) -> None:
+    def _survey_model(
+        self, target: CodedMLATarget, tokens: Tensor, work: Path, files: list[Path]
+    ) -> None:
         """Every layer's moments from one pass through the whole model and back.
 
         The pass goes through one layer after the other, so one process makes it.
@@ -120,7 +122,7 @@ class Job:
         )
         for layer, maps, moments, seen in found:
             with self.clock("statistics"):
-                asked = self.target.channels(maps.to(self.precision), moments, seen)
+                asked = target.channels(maps.to(self.precision), moments, seen)
             save(files[layer], {"moments": moments, "curve": {}, "share": 0.0, "asked": asked})
 
     def _survey_layer(self, stream: LayerStream, layer: int, file: Path) -> None:
@@ -175,7 +177,7 @@ class Job:
         """Every layer's, from all surveys."""
         surveys = [load(file, torch.device("cpu")) for file in files]  # moments stay on disk
         curves, shares, asked = ([s[key] for s in surveys] for key in ("curve", "share", "asked"))
-        if self.target.asks_model:
+        if isinstance(self.target, CodedMLATarget):
             return self.target.shared([], asked)
         dims = list(self.target.fixed or self._spend(curves, shares))
         return self.target.shared(dims, asked)

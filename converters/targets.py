@@ -67,8 +67,6 @@ class Target(ABC):
         default_budget: the share of the source's cache that is kept when nothing is said.
         classes: the form's classes by family.
         stock: the family's own class holds it.
-        asks_model: what a layer's cache is worth is asked of the whole model, with
-            `coding_moments`, and not of the layer.
         source: numbers the source caches per token and layer.
         keys, rotatable: how many of them are keys', and how many of those are rotated.
         width: mean width of the converted cache.
@@ -84,7 +82,6 @@ class Target(ABC):
     classes: ClassVar[dict[str, modeling.Classes]]
     default_budget: ClassVar[float] = 0.5
     stock: bool = False
-    asks_model: bool = False
     splits: Sequence[float] = (0.0,)
     fixed: Sequence[Dims] | None = None
     refits: bool = True
@@ -137,10 +134,6 @@ class Target(ABC):
     ) -> Any:
         """What calibration inputs say about a layer."""
 
-    def channels(self, maps: AttentionMaps, moments: CodingMoments, seen: CodingTokens) -> Any:
-        """What the whole model says of a layer, where it is asked."""
-        raise NotImplementedError
-
     @abstractmethod
     def builder(self, maps: AttentionMaps, moments: Any) -> Callable[[Any], Any]:
         """The closed form of one layer for any dims."""
@@ -186,7 +179,9 @@ class Target(ABC):
         )
 
 
-class MLATarget(Target):
+class LatentTarget(Target):
+    """What MLA of 16-bit numbers and MLA of codes have in common."""
+
     title = "multi-head latent attention (MLA)"
     options = frozenset({"kv_lora_rank", "qk_rope_head_dim", "q_lora_rank"})
     classes = modeling.MLA_CLASSES
@@ -194,6 +189,43 @@ class MLATarget(Target):
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
         self.on_read = recipe.rope == "on-read"
+        if self.on_read and not self.rotatable:
+            raise InputError(
+                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
+                "Leave out --rope on-read."
+            )
+        rank = recipe.q_lora_rank
+        if rank is not None and not 1 <= rank <= config.hidden_size:
+            raise InputError(
+                f"q_lora_rank={rank} must be at least 1 and at most {config.hidden_size}, the "
+                "rank that the queries have."
+            )
+
+    def finish(self, form, x, error, generator) -> LatentAttention:
+        rank = self.recipe.q_lora_rank
+        if rank is None:
+            return form
+        return with_low_rank_queries(form, x, generator, lambda energy: rank, "q_lora_rank")
+
+    def settled(self, form, x) -> LatentAttention:
+        return form.stored(x)
+
+    def config_of(self, layers, fields) -> PretrainedConfig:
+        config_class, _, causal_lm = self.classes[self.config.model_type]
+        return config_class(
+            **fields,
+            **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
+            q_lora_rank=self.recipe.q_lora_rank,
+            rope_pairs=[list(layer.rope_pairs) for layer in layers],
+            rope_on_read=self.on_read,
+            qk_norm=bool(self.qk_norm),
+            architectures=[causal_lm.__name__],
+        )
+
+
+class MLATarget(LatentTarget):
+    def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        super().__init__(config, recipe)
         self.engine = recipe.preset == "engine"
         if recipe.native and self.on_read:
             raise InputError("--native classes rotate a key of their own. Use --rope decoupled.")
@@ -202,17 +234,6 @@ class MLATarget(Target):
             raise InputError(
                 f"this {config.model_type} model slides a window of {slides} tokens, which "
                 "--native classes do not have. Leave out --native or --preset."
-            )
-        if self.on_read and not self.rotatable:
-            raise InputError(
-                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
-                "Leave out --rope on-read."
-            )
-        queries = recipe.q_lora_rank
-        if queries is not None and not 1 <= queries <= config.hidden_size:
-            raise InputError(
-                f"q_lora_rank={queries} must be at least 1 and at most {config.hidden_size}, the "
-                "rank that the queries have."
             )
         if self.engine and recipe.q_lora_rank is not None:
             raise InputError("--preset engine keeps the queries whole. Leave out --q-lora-rank.")
@@ -272,13 +293,7 @@ class MLATarget(Target):
     def finish(self, form, x, error, generator) -> LatentAttention:
         if self.engine:  # what is fitted afterwards makes up for the bias
             return replace(form, o_bias=None)
-        rank = self.recipe.q_lora_rank
-        if rank is None:
-            return form
-        return with_low_rank_queries(form, x, generator, lambda energy: rank, "q_lora_rank")
-
-    def settled(self, form, x) -> LatentAttention:
-        return form.stored(x)
+        return super().finish(form, x, error, generator)
 
     def asked(self, maps, moments) -> tuple[Components, Tensor] | None:
         if not self.recipe.native:
@@ -296,26 +311,13 @@ class MLATarget(Target):
             pairs = shared_rope_pairs(ranked, count)
         return [replace(dim, rope_pairs=pairs) for dim in dims]
 
-    def config_of(self, layers, fields) -> PretrainedConfig:
-        config_class, _, causal_lm = self.classes[self.config.model_type]
-        return config_class(
-            **fields,
-            **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
-            q_lora_rank=self.recipe.q_lora_rank,
-            rope_pairs=[list(layer.rope_pairs) for layer in layers],
-            rope_on_read=self.on_read,
-            qk_norm=bool(self.qk_norm),
-            architectures=[causal_lm.__name__],
-        )
 
+class CodedMLATarget(LatentTarget):
+    """MLA whose cached numbers have 0 to 8 bits each, dealt out over all layers.
 
-class CodedMLATarget(Target):
-    """MLA whose cached numbers have 0 to 8 bits each, dealt out over all layers."""
-
-    title = MLATarget.title
-    options = MLATarget.options
-    classes = modeling.MLA_CLASSES
-    asks_model = True
+    What a number is worth is asked of the whole model (`channels`), so `moments` of a layer by
+    itself are none.
+    """
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
         super().__init__(config, recipe)
@@ -332,12 +334,6 @@ class CodedMLATarget(Target):
                     f"{flag} asks for dims of 16-bit numbers, and --kv-bits {recipe.kv_bits} codes "
                     "them. Give --kv-bits 16, or leave one of the two out."
                 )
-        self.on_read = recipe.rope == "on-read"
-        if self.on_read and not self.rotatable:
-            raise InputError(
-                f"{config.model_type} has no RoPE, so that there is nothing to rotate on read. "
-                "Leave out --rope on-read."
-            )
         self.joint = self.on_read or not self.rotatable
         self.scales = 0 if self.joint else key_scales(config)
         self.allowed = (8, 4, 2) if recipe.kv_bits == "auto" else (int(recipe.kv_bits),)
@@ -347,12 +343,6 @@ class CodedMLATarget(Target):
         self.bytes = 2 * (share * self.source - self.scales) * config.num_hidden_layers
         if self.bytes <= 0:
             raise self._too_small()
-        rank = recipe.q_lora_rank
-        if rank is not None and not 1 <= rank <= config.hidden_size:
-            raise InputError(
-                f"q_lora_rank={rank} must be at least 1 and at most {config.hidden_size}, the "
-                "rank that the queries have."
-            )
 
     @property
     def exact(self) -> bool:
@@ -384,7 +374,7 @@ class CodedMLATarget(Target):
         return None
 
     def transform(self, maps: AttentionMaps, moments: CodingMoments) -> Any:
-        """The layer's channels, and the layer for any dims."""
+        """What makes the layer's channels, and builds the layer for any dims."""
         moments = in_precision(moments, maps.q.dtype)
         if self.joint:
             return JointTransform(maps, moments)
@@ -396,7 +386,11 @@ class CodedMLATarget(Target):
     def channels(
         self, maps: AttentionMaps, moments: CodingMoments, seen: CodingTokens
     ) -> tuple[Channels, ...]:
-        """What each channel of a layer's codes costs with any number of bits."""
+        """The model's loss by each channel of the layer's codes, for every number of bits.
+
+        Args:
+            moments, seen: of `fisher_moments`.
+        """
         step = max(1, len(seen.inputs) // CODED_TOKENS)
         few = in_precision(seen.every(step), maps.q.dtype)
         return self.transform(maps, moments).channels(few)
@@ -404,28 +398,10 @@ class CodedMLATarget(Target):
     def shared(self, dims, asked) -> list[CodedDims]:
         return [self._coded(codes) for codes in deal(asked, self.bytes, self.allowed)]
 
-    def finish(self, form, x, error, generator) -> LatentAttention:
-        rank = self.recipe.q_lora_rank
-        if rank is None:
-            return form
-        return with_low_rank_queries(form, x, generator, lambda energy: rank, "q_lora_rank")
-
-    def settled(self, form, x) -> LatentAttention:
-        return form.stored(x)
-
     def config_of(self, layers, fields) -> PretrainedConfig:
-        config_class, _, causal_lm = self.classes[self.config.model_type]
-        return config_class(
-            **fields,
-            **_per_layer(layers, {"kv_lora_rank": None, "qk_rope_head_dim": None}),
-            q_lora_rank=self.recipe.q_lora_rank,
-            rope_pairs=[list(layer.rope_pairs) for layer in layers],
-            rope_on_read=self.on_read,
-            qk_norm=bool(self.qk_norm),
-            code_channels=[[list(part) for part in layer.code or ()] for layer in layers],
-            exact_tokens=self.recipe.exact_tokens,
-            architectures=[causal_lm.__name__],
-        )
+        code = [[list(part) for part in layer.code or ()] for layer in layers]
+        coded = {"code_channels": code, "exact_tokens": self.recipe.exact_tokens}
+        return super().config_of(layers, fields | coded)
 
 
 @dataclass(frozen=True)

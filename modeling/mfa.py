@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from .latent_attention import LatentAttention
-from .shared_key import SharedKeyAttention
+from .shared_key import FoldedKeyAttention, SharedKeyAttention
 
 
-class MFAAttention(SharedKeyAttention):
+class MFAAttention(FoldedKeyAttention):
     """Decoupled latent attention whose keys and values have latents of their own.
 
     A token caches the key head [position-free | components turned by their position] and the value

@@ -10,10 +10,10 @@ from .latent_attention import LatentAttention
 from .mfa import MFARowsAttention, add_key_head, head_readers, head_weights, read_heads
 from .on_read import read_turned
 from .rope_slots import apart
-from .shared_key import SharedKeyAttention
+from .shared_key import FoldedKeyAttention
 
 
-class MFAKRAttention(SharedKeyAttention):
+class MFAKRAttention(FoldedKeyAttention):
     """On-read latent attention whose position-free keys read the first F dims of the latent.
 
     The latent is the key head before its rotation: [position-free | components, the two parts of

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from .latent_attention import LatentAttention
-from .shared_key import SharedKeyAttention
+from .shared_key import FoldedKeyAttention
 
 
-class MLAAttention(SharedKeyAttention):
+class MLAAttention(FoldedKeyAttention):
     """Position-free keys and values read from one latent, rotated components cached beside it.
 
     Row t of the cache is [latent | components turned by their position]. W_uk and W_uv

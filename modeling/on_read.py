@@ -10,10 +10,10 @@ from transformers import initialization as init
 from .mla import add_latent, folded, formed
 from .read_kernel import kernel_read, kernel_serves
 from .rope_slots import apart, key_pairs, side_by_side, turned_scores, with_turned
-from .shared_key import SharedKeyAttention
+from .shared_key import FoldedKeyAttention
 
 
-class KeyInLatentAttention(SharedKeyAttention):
+class KeyInLatentAttention(FoldedKeyAttention):
     """Everything read from one latent, whose last 2 n dims are the rotated components.
 
     They stand there unturned, the two parts of each pair side by side, without what is constant in

@@ -73,21 +73,6 @@ class SharedKeyAttention(LatentAttention):
         Real parts, then imaginary parts.
         """
 
-    @abstractmethod
-    def weights(self):
-        """W_uk [g, N, k] of position-free keys and W_uv [g, V, r] of values, from what is cached.
-
-        And the bias of each, [g, N] and [g, V], or None.
-        """
-
-    @abstractmethod
-    def read(self, free, tail, keys, values, mask, rotation, normed):
-        """The mixture [B, H, T, r] of cached rows by absorbed queries, and weights.
-
-        `free` [B, H, T, k] reads what W_uk reads, `tail` [B, H, T, 2 n] is turned and reads the
-        components. `normed` makes of scores what they are with normalised keys; None without.
-        """
-
     def component_query(self, query, rotation):
         """Queries [B, H, T, 2 n] for the rotated components, turned."""
         pairs = query.unflatten(-1, (2, -1)).index_select(-1, self.rope_index).flatten(-2)
@@ -137,26 +122,6 @@ class SharedKeyAttention(LatentAttention):
         turned, spread = rotation.query(pairs, self.turned), self.spread(shared).transpose(1, 2)
         return torch.cat((free, turned), dim=-1), torch.cat((key, spread), dim=-1)
 
-    def absorbed(self, query, keys, values, mask, rotation):
-        w_uk, w_uv, key_bias, bias = self.weights()
-        groups = len(w_uk)
-        values, scales = split_scales(values, self.config.key_scales)
-        # (W_uk c) . q = c . (W_uk' q), and sum_s a_s W_uv c_s = W_uv sum_s a_s c_s: heads share one
-        # key and one value, the cached row, and nothing as large as the cache is formed or copied.
-        free = self.free_query(query).unflatten(1, (groups, -1))
-        normed = None
-        if scales is not None or (key_bias is not None and self.softcap is not None):
-            normed = scaled_scores(free * self.scaling, key_bias, scales)
-        free = torch.einsum("bgmtn,gnr->bgmtr", free, w_uk).flatten(1, 2)
-        tail = query[..., :0]
-        if self.qk_rope_head_dim:
-            tail = self.component_query(query, rotation)
-        mixed, weights = self.read(free, tail, keys, values, mask, rotation, normed)
-        output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (groups, -1)), w_uv)
-        if bias is not None:
-            output = output + bias[:, None]
-        return output.flatten(2, 3), weights
-
     def absorbs(self, length: int, total: int) -> bool:
         # Multiply-adds of both ways. Absorbed, a score and a value cost a cached row for each head,
         # and the folds W_uk and W_uv for each query; expanded, W_uk and W_uv for each cached token
@@ -179,6 +144,52 @@ class SharedKeyAttention(LatentAttention):
         rows = spreading(local(self.k_synthesis), self.rope_index, self.turned)
         spread = nn.functional.linear(shared.squeeze(1), rows)
         return spread.unflatten(-1, (-1, 2 * len(self.turned)))
+
+
+class FoldedKeyAttention(SharedKeyAttention):
+    """Shared keys whose rest is a map of what is cached, folded into queries to read the cache."""
+
+    @abstractmethod
+    def weights(self):
+        """W_uk [g, N, k] of position-free keys and W_uv [g, V, r] of values, from what is cached.
+
+        And the bias of each, [g, N] and [g, V], or None.
+        """
+
+    @abstractmethod
+    def read(self, free, tail, keys, values, mask, rotation, normed):
+        """The mixture [B, H, T, r] of cached rows by absorbed queries, and weights.
+
+        `free` [B, H, T, k] reads what W_uk reads, `tail` [B, H, T, 2 n] is turned and reads the
+        components. `normed` makes of scores what they are with normalised keys; None without.
+        """
+
+    def absorbed(self, query, keys, values, mask, rotation):
+        w_uk, w_uv, key_bias, bias = self.weights()
+        groups = len(w_uk)
+        values, scales = split_scales(values, self.config.key_scales)
+        # (W_uk c) . q = c . (W_uk' q), and sum_s a_s W_uv c_s = W_uv sum_s a_s c_s: heads share one
+        # key and one value, the cached row, and nothing as large as the cache is formed or copied.
+        free = self.free_query(query).unflatten(1, (groups, -1))
+        normed = None
+        if scales is not None or (key_bias is not None and self.softcap is not None):
+            normed = scaled_scores(free * self.scaling, key_bias, scales)
+        free = torch.einsum("bgmtn,gnr->bgmtr", free, w_uk).flatten(1, 2)
+        tail = query[..., :0]
+        if self.qk_rope_head_dim:
+            tail = self.component_query(query, rotation)
+        mixed, weights = self.read(free, tail, keys, values, mask, rotation, normed)
+        return read_values(mixed, w_uv, bias), weights
+
+
+def read_values(mixed, w_uv, bias):
+    """Values [B, T, H, V], read from mixtures [B, H, T, r] of cached rows.
+
+    Args:
+        w_uv, bias: of every KV head, [g, V, r], and [g, V] or None.
+    """
+    output = torch.einsum("bgmtr,gvr->btgmv", mixed.unflatten(1, (len(w_uv), -1)), w_uv)
+    return (output if bias is None else output + bias[:, None]).flatten(2, 3)
 
 
 def spreading(synthesis, index, turned):

@@ -1,4 +1,4 @@
-"""Latent attention that caches components of keys turned by their slot, and a latent of values.
+"""Latent attention that caches rotated components of keys, and a latent of values.
 
 Components of one frequency turn alike, so a mix of the KV heads' keys at that frequency is turned
 by what turns each of them. A key is then a sum of cached components, read as they lie: none is
@@ -15,16 +15,16 @@ from .key_norm import split_scales
 from .mla import folded, formed
 from .rope_slots import apart, side_by_side
 from .rows import HALF
-from .shared_key import SharedKeyAttention, conjugate, local, multiplied
+from .shared_key import SharedKeyAttention, conjugate, local, multiplied, read_values
 
 
 class TurnedKeyAttention(SharedKeyAttention):
     """Keys that are their mean and a sum of rotated components, and values read from a latent.
 
-    Pair f of KV head g's key at slot s is e^(i theta_f s) (mean_gf + sum_j s_gj z_j), j over the
-    components of its frequency. The components are cached turned, the parts of each pair side by
-    side, without what is constant in them; that stands in `k_mean` [g, E]. Positions given with a
-    cache must be contiguous.
+    Pair f of KV head g's key is e^(i theta_f s) (mean_gf + sum_j s_gj z_j) for the token that is s
+    tokens behind its sequence's first, j over the components of its frequency. The components are
+    cached turned, the parts of each pair side by side, without what is constant in them; that
+    stands in `k_mean` [g, E]. Positions given with a cache must be contiguous.
     """
 
     by_slot = True
@@ -65,9 +65,6 @@ class TurnedKeyAttention(SharedKeyAttention):
     def components(self, keys):
         return apart(keys)
 
-    def weights(self):
-        return folded(self)
-
     def unturned(self, keys, values):
         return self.spread(self.components(keys)) + local(self.k_mean)
 
@@ -87,7 +84,7 @@ class TurnedKeyAttention(SharedKeyAttention):
         values, scales = split_scales(values, self.config.key_scales)
         queries = side_by_side(self.component_query(query, rotation))
         scores = queries.flatten(1, 2) @ keys.squeeze(1).mT
-        # The mean's part of a score: Re(conj(mean_g) q e^(i theta (s - t))), one product with the
+        # The mean's part of a score is Re(conj(q) mean_g e^(i theta (s - t))): one product with the
         # table of all slots' angles.
         factors = conjugate(local(self.k_mean)).repeat_interleave(self.num_key_value_groups, 0)
         means = rotation.query(multiplied(query, factors))
@@ -101,12 +98,5 @@ class TurnedKeyAttention(SharedKeyAttention):
             )
         weights = self._softmax(scores, mask, query.dtype)
         mixed = self._mix(weights, values) + HALF
-        _, w_uv, _, bias = self.weights()
-        mixed = mixed.unflatten(1, (len(w_uv), -1))
-        output = torch.einsum("bgmtr,gvr->btgmv", mixed, w_uv)
-        if bias is not None:
-            output = output + bias[:, None]
-        return output.flatten(2, 3), weights
-
-    def read(self, free, tail, keys, values, mask, rotation, normed):
-        raise NotImplementedError
+        _, w_uv, _, bias = folded(self)
+        return read_values(mixed, w_uv, bias), weights

@@ -9,6 +9,7 @@ from .key_norm import add_norms, normalised
 from .latent_attention import LatentAttention
 from .mla import add_latent, folded, formed
 from .rope_slots import slot_scores
+from .shared_key import read_values
 
 
 class WholeKeyAttention(LatentAttention):
@@ -61,15 +62,11 @@ class WholeKeyAttention(LatentAttention):
     def absorbed(self, query, keys, values, mask, rotation):
         w_uk, w_uv, key_bias, bias = folded(self)
         norm = self.k_norm if self.config.qk_norm else None
-        angles, groups = rotation.angles, len(w_uk)
+        angles = rotation.angles
         scores = slot_scores(query, keys.squeeze(1), w_uk, key_bias, rotation.slots, angles, norm)
         scores = scores.unflatten(1, (query.shape[1], -1)) * (self.scaling * angles.score_scaling)
         weights = self._softmax(scores, mask, query.dtype)
-        mixed = self._mix(weights, keys).unflatten(1, (groups, -1))
-        output = torch.einsum("bgmtr,gvr->btgmv", mixed, w_uv)
-        if bias is not None:
-            output = output + bias[:, None]
-        return output.flatten(2, 3), weights
+        return read_values(self._mix(weights, keys), w_uv, bias), weights
 
 
 class InputAttention(WholeKeyAttention):
