@@ -69,7 +69,11 @@ class CodedDims:
 
 @dataclass(frozen=True, kw_only=True)
 class Coded(LatentAttention):
-    """What coded layers share: their channels are in steps, and are read as they are decoded."""
+    """A layer whose cached channels are coded with 8, 4 or 2 bits each.
+
+    Its maps give and read channels in units of their quantiser's steps, and `read` rounds them as a
+    cache does.
+    """
 
     dims: CodedDims
 
@@ -91,7 +95,7 @@ class Coded(LatentAttention):
 
 @dataclass(frozen=True, kw_only=True)
 class CodedWholeKeyMLA(Coded, WholeKeyMLA):
-    """Keys, formed and turned whole, and values, both from one coded latent."""
+    """A coded latent from which keys are formed, turned whole when they are read, and values."""
 
     def read(self, x):
         pair = project(self.decoded(self.latent(x), self.dims.keys), self.kv_b, self.kv_b_bias)
@@ -103,7 +107,7 @@ class CodedWholeKeyMLA(Coded, WholeKeyMLA):
 
 @dataclass(frozen=True, kw_only=True)
 class CodedMLA(Coded, MLA):
-    """Keys that nothing rotates, and values, both from one coded latent."""
+    """A coded latent from which keys and values are read, of models without RoPE."""
 
     def read(self, x):
         latent = self.decoded(linear(x, self.kv_a, self.kv_a_bias), self.dims.keys)
@@ -115,7 +119,7 @@ class CodedMLA(Coded, MLA):
 
 @dataclass(frozen=True, kw_only=True)
 class TurnedKeyMLA(Coded, SharedKeyAttention):
-    """Components of keys that are coded after their rotation, and values from a coded latent.
+    """A layer that codes components of keys after their rotation, and a latent of values.
 
     Args:
         kv_a: [components, the two parts of each pair side by side | latent of the values].
@@ -179,7 +183,7 @@ class TurnedKeyMLA(Coded, SharedKeyAttention):
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Keys, before their norm and rotation, and values of all KV heads as one vector.
+    """The transform of keys, before their norm and rotation, and values as one vector.
 
     Args:
         maps: of the source.
@@ -195,17 +199,21 @@ class JointTransform:
         return WeightedSVD.of(self.moments.importance, self.moments.covariance)(rows)
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
-        """What each channel costs with any number of bits."""
+        """The model's loss by each channel of the latent, for every number of bits.
+
+        Args:
+            seen: the layer's tokens on calibration text.
+        """
         both = [self._felt(some) for some in (seen, seen.first) if some is not None]
         return (Channels.measured(*both),)
 
     def _felt(self, seen: CodingTokens) -> tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]:
-        """The tokens' channels, and gradients with respect to them."""
+        """Every token's channels, and the gradients with respect to them."""
         numbers = (seen.inputs - self.moments.mean) @ self.factors.down.mT
         return numbers, seen.gradients @ self.factors.up
 
     def build(self, dims: CodedDims) -> Coded:
-        """The layer with the first channels coded."""
+        """The layer with the channels that the dims name coded, and without the others."""
         maps, groups = self.maps, self.maps.kv_heads
         step, order = torch.tensor(dims.keys.steps).to(maps.q), list(dims.keys.order)
         down, up = self.factors.down[order], self.factors.up[:, order]
@@ -234,7 +242,7 @@ class JointTransform:
 
 @dataclass(frozen=True)
 class TurnedTransform:
-    """Keys mixed across KV heads, frequency by frequency, and values as one vector.
+    """The transforms of keys across KV heads, frequency by frequency, and of values as one vector.
 
     Args:
         maps: of the source, the weight of the keys' norm in its key map.
@@ -246,7 +254,12 @@ class TurnedTransform:
 
     @classmethod
     def of(cls, maps: AttentionMaps, moments: CodingMoments) -> "TurnedTransform":
-        """Of the source's own maps, and moments of keys without their norm's weight."""
+        """The transforms of a layer of the source.
+
+        Args:
+            maps: the source's own, without its norm's weight in the key map.
+            moments: of its keys and values.
+        """
         weighed = maps.with_norm_in_keys()
         if weighed.k_norm is not None:
             weight = weighed.k_norm.expand(maps.k.shape[:2]).flatten()
@@ -266,13 +279,17 @@ class TurnedTransform:
         return key_components(self.maps, self.moments)
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
-        """What each pair of keys, and each channel of values, costs with any number of bits."""
+        """The model's loss by each component of keys and each channel of values, by their bits.
+
+        Args:
+            seen: the layer's tokens on calibration text.
+        """
         felt = [self._felt(some) for some in (seen, seen.first) if some is not None]
         keys, values = zip(*felt, strict=True)
         return Channels.measured(*keys, unit=2), Channels.measured(*values)
 
     def _felt(self, seen: CodingTokens) -> Any:
-        """The tokens' keys as they are coded, and their values, each with gradients."""
+        """(components as they are coded, channels of values) of every token, with gradients."""
         x = seen.inputs - self.moments.mean
         keys = self.maps.kv_heads * self.maps.qk_dim
         slopes = seen.gradients[:, :keys].unflatten(1, (self.maps.kv_heads, -1))
@@ -291,7 +308,7 @@ class TurnedTransform:
 
     @cached_property
     def rows(self) -> Complex[Tensor, "n D"]:
-        """What makes components of the layer's input."""
+        """The map from the layer's input to components of keys."""
         keys = torch.complex(*self.maps.k.chunk(2, dim=1))  # [G, P, D]
         made = keys.new_empty(len(self.components.pairs), keys.shape[-1])
         for pair, mine in self.components.of_pairs():
@@ -306,7 +323,7 @@ class TurnedTransform:
         return felt
 
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
-        """The layer with the first components and the first channels of values coded."""
+        """The layer with the components and channels that the dims name, without the others."""
         maps, mean = self.maps, self.moments.mean
         step, v_step = (torch.tensor(code.steps).to(maps.q) for code in (dims.keys, dims.values))
         chosen = [index // 2 for index in dims.keys.order[::2]]
@@ -351,7 +368,7 @@ class KeyComponents:
     synthesis: Complex[Tensor, "n G"]
 
     def of_pairs(self) -> Iterator[tuple[int, list[int]]]:
-        """Every frequency, and its components."""
+        """Every frequency, with the numbers of its components."""
         for pair in sorted(set(self.pairs)):
             yield pair, [index for index, other in enumerate(self.pairs) if other == pair]
 

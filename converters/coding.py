@@ -1,8 +1,10 @@
 """How a budget of bits is dealt out to the channels of a transform code.
 
-To code a channel with b bits adds to the model's loss the mean over tokens of (g e)^2 / 2, where e
-is the token's error and g the gradient of the log-likelihood with respect to the channel's number.
-Both are measured on calibration text, token by token: channels have tails, and their tails matter.
+To code a channel with b bits adds about E[g^2] E[e^2] / 2 to the model's loss, where e is a token's
+error and g the gradient of the log-likelihood with respect to the channel's number. Both means are
+over tokens of calibration text. The error is that of the quantiser itself on these tokens: a
+channel with long tails loses more than a normal distribution would.
+
 Source coding deals bits by reverse water-filling: the next bit goes where it takes away most (Cover
 and Thomas, Elements of Information Theory, 10.3.3). Here channels have one of a few numbers of
 bits, and for a price per bit each takes the number at which its error and its bits' price together
@@ -27,7 +29,7 @@ STEPS = {8: 0.0625, 4: 0.44, 2: 1.1}
 # What leaves a channel out is alike for tokens that are alike, and adds up where attention takes
 # their mean; rounding differs from token to token. So much dearer is an error of the first kind.
 COHERENT = 4.0
-# How dear it is that a channel of no bits is lost for the first tokens too, which all others read.
+# The weight of what the first tokens, which all others read, lose in channels of no bits.
 FIRST = 1.0
 
 Counts = tuple[int, int, int]
@@ -60,7 +62,7 @@ class Channels:
 
     Args:
         left: of each unit, the error with 0 bits and with each number of `BITS`.
-        steps: the best step with each number of `BITS`.
+        steps: the quantiser's step with each number of `BITS`.
         unit: channels that have one number of bits and one step, and stand together: 2 of a pair.
     """
 
@@ -70,11 +72,12 @@ class Channels:
 
     @classmethod
     def measured(cls, tokens: Tokens, first: Tokens | None = None, *, unit: int = 1) -> "Channels":
-        """Of tokens' numbers, about zero, and the gradients with respect to them.
+        """The channels of which tokens have these numbers.
 
         Args:
+            tokens: numbers, of mean zero, and the gradients with respect to them.
             first: the same of tokens that are kept whole, but for channels of no bits.
-            unit: of the channels side by side that make one.
+            unit: how many channels side by side have one number of bits.
         """
         numbers, gradients = tokens
         size = numbers.square().mean(0).unflatten(0, (-1, unit)).mean(-1).sqrt()  # [n]
@@ -99,7 +102,7 @@ class Channels:
         return cls(torch.stack(left, 1), torch.stack(steps, 1), unit)
 
     def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
-        """The code at a price per bit; it has whole bytes, and one at least.
+        """The code that a price per bit leaves, of whole bytes and of one at least.
 
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
