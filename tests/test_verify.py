@@ -15,6 +15,8 @@ from rehead.converters import InputError, LayerReport, convert, recipe, targets,
 from rehead.converters.mfa import MFA
 from rehead.converters.mla import MLA
 from rehead.converters.recipe import odd_layers
+from rehead.modeling.cached_decoding import WrongDecoding
+from rehead.modeling.coding import Code
 
 WORDS = ["the", "a", "of", "tree", "river", "house", "runs", "sees", "blue", "small", "and"]
 VARIANTS = {
@@ -27,6 +29,8 @@ VARIANTS = {
     "mfa rows": dict(to="mfa", head_dim=6),
     "mfa-kr rows": dict(to="mfa-kr", head_dim=6, share_q_dim=4),
     "gqa": dict(to="gqa"),
+    "mla coded": dict(kv_bits="auto"),
+    "mla coded, on read": dict(kv_bits="auto", rope="on-read"),
 }
 
 
@@ -123,6 +127,22 @@ def test_a_wrong_config_is_never_put_in_place(run, tmp_path, monkeypatch):
     with pytest.raises(verify.WrittenWrongly):
         run()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rope", ["decoupled", "on-read"])
+def test_a_code_at_the_edge_of_a_step_may_be_either_of_two(rope, run, monkeypatch):
+    """Rounding decides then, and is not alike in a prompt and a step; the twin allows for none."""
+    packed = Code.packed
+    monkeypatch.setattr(Code, "packed", lambda code, rows: packed(code, rows + 3e-3))
+    options = dict(kv_bits="auto", rope=rope, kv_budget=0.3, dtype="float32")
+    run(**options)
+    monkeypatch.setattr(verify, "AT_AN_EDGE", 0.0)
+    with pytest.raises(WrongDecoding, match="something else through a cache"):
+        run(force=True, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(Code, "packed", lambda code, rows: packed(code, rows + 1.0))
+    with pytest.raises(WrongDecoding, match="something else through a cache"):
+        run(force=True, **options)
 
 
 def test_a_position_free_query_must_take_the_attention_factor(run, monkeypatch):
