@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..modeling.coding import Code
-from .coding import Channels, Counts, Dealt
+from .coding import FIRST_CHANNELS, Channels, Counts, Dealt, first_channels
 from .latent import LatentAttention, SharedKeyAttention, of_source
 from .lowrank import Factors, WeightedSVD, square_roots
 from .maps import AttentionMaps, normalised, project, rotate, token_angles
@@ -57,7 +57,7 @@ class CodedDims:
 
     @property
     def counts(self) -> tuple[Counts, Counts]:
-        """How many channels of keys, and of values, have 8, 4 and 2 bits."""
+        """How many channels of keys, and of values, have 8, 4, 2 and 0 bits."""
         return self.keys.counts, self.values.counts
 
     def named(self) -> dict[str, int]:
@@ -204,8 +204,7 @@ class JointTransform:
         Args:
             seen: the layer's tokens on calibration text.
         """
-        both = [self._felt(some) for some in (seen, seen.first) if some is not None]
-        return (Channels.measured(*both),)
+        return (Channels.measured(self._felt(seen), first=most_first_channels(self.moments)),)
 
     def _felt(self, seen: CodingTokens) -> tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]:
         """Every token's channels, and the gradients with respect to them."""
@@ -214,20 +213,18 @@ class JointTransform:
 
     def build(self, dims: CodedDims) -> Coded:
         """The layer with the channels that the dims name coded, and without the others."""
-        maps, groups = self.maps, self.maps.kv_heads
-        step, order = torch.tensor(dims.keys.steps).to(maps.q), list(dims.keys.order)
-        down, up = self.factors.down[order], self.factors.up[:, order]
+        maps, groups, mean = self.maps, self.maps.kv_heads, self.moments.mean
+        first = None if self.moments.first is None else self._felt(self.moments.first)[0]
+        down, up = in_steps(self.factors, dims.keys, first)
         split = [groups * maps.qk_dim, groups * maps.v_dim]
         key_rows, value_rows = (part.unflatten(0, (groups, -1)) for part in up.split(split))
-        kv_b = torch.cat([key_rows, value_rows], dim=1) * step
-        mean = self.moments.mean
         key_bias = maps.k @ mean
         key_bias = key_bias if maps.k_bias is None else key_bias + maps.k_bias
         shared = of_source(maps) | dict(
             dims=dims,
-            kv_a=down / step[:, None],
-            kv_a_bias=-(down @ mean) / step,
-            kv_b=kv_b,
+            kv_a=down,
+            kv_a_bias=-(down @ mean),
+            kv_b=torch.cat([key_rows, value_rows], dim=1),
             kv_b_bias=torch.nn.functional.pad(key_bias, (0, maps.v_dim)),
             o_bias=output_bias(maps, torch.zeros_like(maps.v), mean),
             energy=tuple(self.factors.energy.tolist()),
@@ -238,6 +235,32 @@ class JointTransform:
         rest[:, : maps.qk_dim // 2] = 1
         none = maps.q.new_zeros(groups, 0)
         return CodedMLA(**shared, phase=rest, synthesis=none, rope_pairs=())
+
+
+def most_first_channels(moments: CodingMoments) -> int:
+    """The most channels of 0 bits that first tokens have any use for."""
+    return 0 if moments.first is None else min(FIRST_CHANNELS, len(moments.first.inputs))
+
+
+def in_steps(
+    factors: Factors, dealt: Dealt, first: Float[Tensor, "N _"] | None
+) -> tuple[Float[Tensor, "c _"], Float[Tensor, "_ c"]]:
+    """The maps to and from a row's channels, in units of their steps.
+
+    Args:
+        factors: the maps to and from all channels.
+        dealt: the code of the row.
+        first: the first tokens' numbers in all channels, which say what channels of 0 bits hold.
+    """
+    order = list(dealt.order)
+    step = torch.tensor(dealt.steps).to(factors.down)
+    down, up = factors.down[order] / step[:, None], factors.up[:, order] * step
+    if first is None or not dealt.first:
+        return down, up
+    without = sorted(set(range(len(factors.down))) - set(order))
+    to, back = first_channels(first[:, without], dealt.first)
+    down = torch.cat([down, to @ factors.down[without]])
+    return down, torch.cat([up, factors.up[:, without] @ back], dim=1)
 
 
 @dataclass(frozen=True)
@@ -284,9 +307,9 @@ class TurnedTransform:
         Args:
             seen: the layer's tokens on calibration text.
         """
-        felt = [self._felt(some) for some in (seen, seen.first) if some is not None]
-        keys, values = zip(*felt, strict=True)
-        return Channels.measured(*keys, unit=2), Channels.measured(*values)
+        keys, values = self._felt(seen)
+        most = most_first_channels(self.moments)
+        return Channels.measured(keys, unit=2), Channels.measured(values, first=most)
 
     def _felt(self, seen: CodingTokens) -> Any:
         """(components as they are coded, channels of values) of every token, with gradients."""
@@ -325,14 +348,14 @@ class TurnedTransform:
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
         """The layer with the components and channels that the dims name, without the others."""
         maps, mean = self.maps, self.moments.mean
-        step, v_step = (torch.tensor(code.steps).to(maps.q) for code in (dims.keys, dims.values))
+        step = torch.tensor(dims.keys.steps).to(maps.q)
         chosen = [index // 2 for index in dims.keys.order[::2]]
         found = self.components.of(chosen)
         rows = torch.view_as_real(self.rows[chosen])
         rows = rows.movedim(-1, 1).flatten(0, 1)  # parts side by side
-        order = list(dims.values.order)
-        down, up = self.values.down[order], self.values.up[:, order]
-        kv_a = torch.cat([rows / step[:, None], down / v_step[:, None]])
+        first = None if self.moments.first is None else self._felt(self.moments.first)[1][0]
+        down, up = in_steps(self.values, dims.values, first)
+        kv_a = torch.cat([rows / step[:, None], down])
         synthesis = found.synthesis.mT * step[::2]
         key_mean = maps.k @ mean
         return TurnedKeyMLA(
@@ -344,7 +367,7 @@ class TurnedTransform:
             kv_a=kv_a,
             kv_a_bias=-(kv_a @ mean),
             k_mean=key_mean if maps.k_bias is None else key_mean + maps.k_bias,
-            kv_b=(up * v_step).unflatten(0, (maps.kv_heads, -1)),
+            kv_b=up.unflatten(0, (maps.kv_heads, -1)),
             o_bias=output_bias(maps, torch.zeros_like(maps.v), mean),
             energy=tuple(self.values.energy.tolist()),
         )

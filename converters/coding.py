@@ -23,16 +23,19 @@ from torch import Tensor
 from ..modeling.coding import BITS, Code
 from .errors import InputError
 
+# What a channel can have that is coded.
+CODED = BITS[:-1]
 # A channel's step with each number of bits, in its standard deviations. The tails of a text unlike
 # the calibration text are longer than what is seen, so 8 bits reach 8 deviations.
 STEPS = {8: 0.0625, 4: 0.44, 2: 1.1}
 # What leaves a channel out is alike for tokens that are alike, and adds up where attention takes
 # their mean; rounding differs from token to token. So much dearer is an error of the first kind.
-COHERENT = 4.0
-# The weight of what the first tokens, which all others read, lose in channels of no bits.
-FIRST = 1.0
+COHERENT = 3.0
+# The most channels of 0 bits, which are for the first tokens alone. What these tokens leave in the
+# channels that are left out is nearly the same in every text, so that few directions hold it.
+FIRST_CHANNELS = 16
 
-Counts = tuple[int, int, int]
+Counts = tuple[int, int, int, int]
 # Numbers of tokens, and gradients with respect to them.
 Tokens = tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]
 
@@ -42,12 +45,12 @@ class Dealt:
     """The code of a row, and which channel lies where in it.
 
     Args:
-        counts: how many channels have 8, 4 and 2 bits.
-        order: for every place of the row the channel that lies there.
-        steps: for every place, in units of the channel.
+        counts: how many channels have 8, 4, 2 and 0 bits.
+        order: for every place of the row that has bits, the channel that lies there.
+        steps: for each of these places, in units of the channel.
     """
 
-    counts: Counts = (0, 0, 0)
+    counts: Counts = (0, 0, 0, 0)
     order: tuple[int, ...] = ()
     steps: tuple[float, ...] = ()
 
@@ -55,29 +58,35 @@ class Dealt:
     def bytes(self) -> int:
         return Code(self.counts).bytes
 
+    @property
+    def first(self) -> int:
+        """The channels of 0 bits, which the first tokens alone have."""
+        return self.counts[-1]
+
 
 @dataclass(frozen=True)
 class Channels:
     """The channels of one code, and what every number of bits leaves of their error.
 
     Args:
-        left: of each unit, the error with 0 bits and with each number of `BITS`.
-        steps: the quantiser's step with each number of `BITS`.
+        left: of each unit, the error with each number of `BITS`.
+        steps: the quantiser's step with 8, 4 and 2 bits.
         unit: channels that have one number of bits and one step, and stand together: 2 of a pair.
+        first: the most channels of 0 bits that a row is to have for the first tokens.
     """
 
     left: Float[Tensor, "n 4"]
     steps: Float[Tensor, "n 3"]
     unit: int = 1
+    first: int = 0
 
     @classmethod
-    def measured(cls, tokens: Tokens, first: Tokens | None = None, *, unit: int = 1) -> "Channels":
+    def measured(cls, tokens: Tokens, *, unit: int = 1, first: int = 0) -> "Channels":
         """The channels of which tokens have these numbers.
 
         Args:
             tokens: numbers, of mean zero, and the gradients with respect to them.
-            first: the same of tokens that are kept whole, but for channels of no bits.
-            unit: how many channels side by side have one number of bits.
+            unit, first: as above.
         """
         numbers, gradients = tokens
         size = numbers.square().mean(0).unflatten(0, (-1, unit)).mean(-1).sqrt()  # [n]
@@ -87,19 +96,14 @@ class Channels:
         def error(wrong: Float[Tensor, "N c"]) -> Float[Tensor, " n"]:
             return (weights * wrong.square().mean(0)).unflatten(0, (-1, unit)).sum(-1)
 
-        lost = error(numbers) * COHERENT
-        if first is not None:
-            lost = lost + (
-                (first[0] * first[1]).square().sum(0).unflatten(0, (-1, unit)).sum(-1)
-                * (FIRST / len(numbers))
-            )
-        left, steps = [lost], []
-        for bits in BITS:
+        left, steps = [], []
+        for bits in CODED:
             most, step = 2 ** (bits - 1) - 0.5, STEPS[bits] * wide
             found = (numbers / step).floor().add(0.5).clamp(-most, most)
             left.append(error(found * step - numbers))
             steps.append(STEPS[bits] * size)
-        return cls(torch.stack(left, 1), torch.stack(steps, 1), unit)
+        left.append(error(numbers) * COHERENT)
+        return cls(torch.stack(left, 1), torch.stack(steps, 1), unit, first)
 
     def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
         """The code that a price per bit leaves, of whole bytes and of one at least.
@@ -107,16 +111,16 @@ class Channels:
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
         """
-        bits = torch.tensor([0, *BITS], dtype=self.left.dtype)
+        bits = torch.tensor(BITS, dtype=self.left.dtype)
         # What no number of bits is allowed for costs without end.
-        barred = torch.tensor([False, *(b not in allowed for b in BITS)])
+        barred = torch.tensor([b not in (*allowed, 0) for b in BITS])
         cost = (self.left + price * self.unit * bits).masked_fill(barred, torch.inf)
         chosen = bits[cost.argmin(1)]
         # Of those with equal bits, the first are those that would lose most by fewer.
-        need = self.left[:, 0] - self.left[:, 1:].min(1).values
+        need = self.left[:, -1] - self.left[:, :-1].min(1).values
         ranked = sorted(range(len(need)), key=lambda i: (-float(chosen[i]), -float(need[i])))
         counts, start = [], 0
-        for number in BITS:
+        for number in CODED:
             whole = 8 // number  # units, so that no unit lies in two stretches of a row
             wanted = int((chosen >= number).sum()) - start
             found = max(0, -(-wanted // whole)) * whole
@@ -125,19 +129,20 @@ class Channels:
             room = (len(ranked) - start) // whole * whole
             counts.append(min(found, room) if number in allowed else 0)
             start += counts[-1]
+        counts.append(min(self.first, len(ranked) - start))
         code = Code(tuple(count * self.unit for count in counts))
-        order, steps = [0] * code.channels, [0.0] * code.channels
-        for index, place in enumerate(code.places()):
+        order, steps = [0] * code.coded, [0.0] * code.coded
+        for index, place in enumerate(code.places()[: code.coded]):
             unit, part = divmod(index, self.unit)
             order[place] = ranked[unit] * self.unit + part
             column = BITS.index(code.bits()[place])
             steps[place] = float(self.steps[ranked[unit], column])
-        wide, middle, narrow = code.counts
-        return Dealt((wide, middle, narrow), tuple(order), tuple(steps))
+        wide, middle, narrow, none = code.counts
+        return Dealt((wide, middle, narrow, none), tuple(order), tuple(steps))
 
 
 def deal(
-    layers: Sequence[Sequence[Channels]], most_bytes: float, allowed: Sequence[int] = BITS
+    layers: Sequence[Sequence[Channels]], most_bytes: float, allowed: Sequence[int] = CODED
 ) -> list[tuple[Dealt, ...]]:
     """Every layer's codes that leave the least error in so many bytes a token.
 
@@ -167,3 +172,18 @@ def deal(
         middle = (low * high) ** 0.5
         low, high = (low, middle) if size(dealt(middle)) <= most_bytes else (middle, high)
     return dealt(high)
+
+
+def first_channels(
+    numbers: Float[Tensor, "N c"], count: int
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "c n"]]:
+    """Maps to and from the channels that hold most of what some tokens have in others.
+
+    Args:
+        numbers: of the tokens, in the channels that have no bits.
+        count: of channels, n.
+    """
+    _, sizes, basis = torch.linalg.svd(numbers, full_matrices=False)
+    scale = sizes[0] / len(numbers) ** 0.5  # the largest is of about unit size
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
+    return basis[:count] / scale, basis[:count].mT * scale

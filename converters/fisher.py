@@ -182,7 +182,8 @@ class BackwardStream(LayerStream):
     ) -> tuple[AttentionMaps, CodingMoments, CodingTokens]:
         """The layer's maps, and its moments and their tokens in float32.
 
-        They are over all tokens but each sequence's first `skip`.
+        They are of all tokens but each sequence's first `skip`, which stand in the moments by
+        themselves.
 
         Args:
             inputs: the layer's.
@@ -212,8 +213,9 @@ class BackwardStream(LayerStream):
         del attends.forward
         module.to("meta")
         self._check(gradients, f"layer {layer} has gradients that are")
-        counted = replace(_together(seen), first=_together(first) if skip else None)
-        return source, moments_of(counted), counted
+        counted = _together(seen)
+        moments = replace(moments_of(counted), first=_together(first) if skip else None)
+        return source, moments, counted
 
     def _check(self, values: Tensor, what: str) -> None:
         if not values.isfinite().all():
@@ -249,11 +251,15 @@ class _Recorded(AttentionMaps):
 
 def moments_of(seen: CodingTokens) -> CodingMoments:
     """The tokens' moments, summed in float64."""
-    x = seen.inputs.double()
-    mean = x.mean(0)
-    x = x - mean
-    importance = sum(part.T @ part for part in seen.gradients.double().split(TOKENS_AT_ONCE))
-    moments = CodingMoments(importance / len(x), x.T @ x / len(x), mean)
+    count = len(seen.inputs)
+    inputs, gradients = (x.split(TOKENS_AT_ONCE) for x in (seen.inputs, seen.gradients))
+    mean = sum(part.double().sum(0) for part in inputs) / count
+
+    def second(parts: Sequence[Tensor], centre: Any = 0.0) -> Any:
+        centred = (part.double() - centre for part in parts)
+        return sum(part.mT @ part for part in centred) / count
+
+    moments = CodingMoments(second(gradients), second(inputs, mean), mean)
     return in_precision(moments, torch.float32)
 
 

@@ -140,7 +140,7 @@ def _mean_dims(target: Target) -> Any:
 
 
 def code_of(dims: Dims) -> tuple[Counts, Counts] | None:
-    """How many channels of keys, and of values, have 8, 4 and 2 bits, where they are coded."""
+    """How many channels of keys, and of values, have 8, 4, 2 and 0 bits, where they are coded."""
     return dims.counts if isinstance(dims, CodedDims) else None
 
 

@@ -88,7 +88,7 @@ class Job:
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
         files = [_moments_file(work, layer) for layer in range(self.layers)]
         if isinstance(self.target, CodedMLATarget):
-            self._survey_model(self.target, tokens[:SURVEY_SEQUENCES], work, files)
+            self._survey_model(self.target, tokens, work, files)
             self.processes.wait()
             return self.processes.of_first(self._dims(files) if self.processes.first else None)
         # What moments and choices take from the text is coarser than bfloat16.

@@ -34,6 +34,25 @@ class LatentMoments:
 
 
 @dataclass(frozen=True)
+class CodingTokens:
+    """Tokens of calibration text, and what the model feels of a layer's keys and values of them.
+
+    Args:
+        inputs: of the layer.
+        gradients: of every token, with respect to its numbers; see `CodingMoments`.
+        positions: of the tokens in their sequences.
+    """
+
+    inputs: Float[Tensor, "N D"]
+    gradients: Float[Tensor, "N M"]
+    positions: Float[Tensor, " N"]
+
+    def every(self, step: int) -> "CodingTokens":
+        """Every so many tokens."""
+        return CodingTokens(self.inputs[::step], self.gradients[::step], self.positions[::step])
+
+
+@dataclass(frozen=True)
 class CodingMoments:
     """What coding a layer's keys and values with few bits needs to know of them.
 
@@ -49,33 +68,13 @@ class CodingMoments:
             divergence from the model's predictions.
         covariance: of the layer's input, over tokens.
         mean: of the layer's input, over tokens.
+        first: the sequences' first tokens, which the moments are not of; None for none.
     """
 
     importance: Float[Tensor, "M M"]
     covariance: Float[Tensor, "D D"]
     mean: Float[Tensor, " D"]
-
-
-@dataclass(frozen=True)
-class CodingTokens:
-    """The tokens that `CodingMoments` are of.
-
-    Args:
-        inputs: of the layer.
-        gradients: g of every token.
-        positions: of the tokens in their sequences.
-        first: the sequences' first tokens, which the moments are not of; None for none.
-    """
-
-    inputs: Float[Tensor, "N D"]
-    gradients: Float[Tensor, "N M"]
-    positions: Float[Tensor, " N"]
-    first: "CodingTokens | None" = None
-
-    def every(self, step: int) -> "CodingTokens":
-        """Every so many tokens, and all first ones."""
-        parts = self.inputs[::step], self.gradients[::step], self.positions[::step]
-        return CodingTokens(*parts, self.first)
+    first: CodingTokens | None = None
 
 
 def latent_moments(

@@ -48,7 +48,8 @@ class LayerReport:
         closed_form_error: before anything is fitted beyond the moments.
         parameters: of the source's attention and the converted one.
         pairs: how many frequencies the source has, which `rope_pairs` are indices of.
-        code: how many channels of keys, and of values, have 8, 4 and 2 bits, where they are coded.
+        code: how many channels of keys, and of values, have 8, 4, 2 and 0 bits, where they are
+            coded.
         energy: the weighted squared error that leaving out each direction of the latent adds, by
             falling importance; those that were left out are the last.
     """
@@ -60,12 +61,12 @@ class LayerReport:
     error: float | None = None
     parameters: tuple[int, int] | None = None
     pairs: int = 0
-    code: tuple[tuple[int, int, int], ...] | None = None
+    code: tuple[tuple[int, int, int, int], ...] | None = None
     energy: tuple[float, ...] = ()
 
     @property
-    def codes(self) -> dict[str, tuple[int, int, int]]:
-        """What is coded -> how many of its channels have 8, 4 and 2 bits; empty if nothing is."""
+    def codes(self) -> dict[str, tuple[int, int, int, int]]:
+        """What is coded -> how many of its channels have 8, 4, 2 and 0 bits; empty for nothing."""
         if self.code is None:
             return {}
         keys, values = self.code
@@ -80,9 +81,12 @@ class LayerReport:
 
 
 def channel_words(counts: Sequence[int]) -> str:
-    """Counts of channels with 8, 4 and 2 bits in words, without those that are zero."""
-    each = [f"{count:,} of {bits}" for count, bits in zip(counts, BITS, strict=True) if count]
-    return f"channels: {', '.join(each)} bits"
+    """Counts of channels with 8, 4, 2 and 0 bits in words, without those that are zero."""
+    each = [
+        f"{count:,} of {bits}" for count, bits in zip(counts, BITS, strict=True) if count and bits
+    ]
+    first = f" and {counts[-1]:,} for first tokens alone" if counts[-1] else ""
+    return f"channels: {', '.join(each)} bits{first}"
 
 
 def odd_layers(layers: Sequence[LayerReport]) -> list[str]:

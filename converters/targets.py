@@ -15,7 +15,7 @@ from .. import modeling
 from .budget import Budget, key_scales
 from .calibration import in_precision
 from .coded import CodedDims, JointTransform, TurnedTransform
-from .coding import Channels, Dealt, deal
+from .coding import FIRST_CHANNELS, Channels, Dealt, deal
 from .errors import InputError
 from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
@@ -362,8 +362,10 @@ class CodedMLATarget(LatentTarget):
         wide = 0
         if bits == 4 and 8 in self.allowed:  # 4 bits more for each channel that then has 8
             wide = min(max(0, each - count // 2) * 2 // 4 * 4, count)
-        found = Dealt((wide, count - wide, 0) if bits == 4 else (count, 0, 0))
-        return self._coded([found] * parts)
+        some = (wide, count - wide, 0) if bits == 4 else (count, 0, 0)
+        first = min(FIRST_CHANNELS, most - count) if self.recipe.exact_tokens else 0
+        row = Dealt((*some, first))
+        return self._coded([row] if self.joint else [Dealt((*some, 0)), row])
 
     def _coded(self, codes: Sequence[Dealt]) -> CodedDims:
         values = Dealt() if self.joint else codes[1]

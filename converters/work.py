@@ -31,7 +31,7 @@ from .gqa import GQA, GQAMoments
 from .mfa import MFA, MFARows
 from .mfa_kr import MFAKR, MFAKRRows
 from .mla import MLA
-from .moments import CodingMoments, LatentMoments
+from .moments import CodingMoments, CodingTokens, LatentMoments
 from .on_read import KeyInLatentMLA, ReadKeyMLA
 from .processes import OtherFailed
 from .rope_split import Components
@@ -39,7 +39,8 @@ from .whole_keys import InputMLA, WholeKeyMLA
 from .writer import NO_SPACE
 
 KEPT: list[Any] = [
-    *(CodingMoments, Components, GQA, GQAMoments, Kronecker, LatentMoments, PhaseMoments),
+    *(CodingMoments, CodingTokens, Components, GQA, GQAMoments),
+    *(Kronecker, LatentMoments, PhaseMoments),
     *(Channels, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
     *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
 ]

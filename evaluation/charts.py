@@ -25,8 +25,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-# Of channels with 8, 4 and 2 bits.
-SHADES = ("#08519c", "#6baed6", "#c6dbef")
+# Of channels with 8, 4, 2 and 0 bits.
+SHADES = ("#08519c", "#6baed6", "#c6dbef", "#d9d9d9")
 # Where a spectrum is drawn down to, as a share of all.
 LEAST_ENERGY = 1e-6
 
@@ -65,7 +65,8 @@ def bits(layers: Sequence[LayerReport]) -> Figure:
         counts = np.array([layer.codes[name] for layer in layers])  # [layers, kinds]
         base = np.zeros(len(layers), dtype=int)
         for kind, width in enumerate(BITS):
-            axes.bar(at, counts[:, kind], bottom=base, color=SHADES[kind], label=f"{width} bits")
+            label = f"{width} bits" if width else "first tokens alone"
+            axes.bar(at, counts[:, kind], bottom=base, color=SHADES[kind], label=label)
             base = base + counts[:, kind]
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -13,25 +13,28 @@ from typing import Any
 
 import torch
 
-# The bits that a channel can have, in the order of a row's channels.
-BITS = (8, 4, 2)
+# The bits that a channel can have, in the order of a row's channels. One of 0 bits is cached of a
+# sequence's first tokens alone.
+BITS = (8, 4, 2, 0)
 # An additive mask's number that leaves no weight: they are from -1e4 to -inf.
 NEGLIGIBLE = -1e3
 
 
 @dataclass(frozen=True)
 class Code:
-    """How many of a row's channels have 8, 4 and 2 bits.
+    """How many of a row's channels have 8, 4, 2 and 0 bits.
 
     A channel of b bits has 2^b steps, half of them below zero, and is read as the middle of a step:
-    ..., -1.5, -0.5, 0.5, 1.5, ... steps.
+    ..., -1.5, -0.5, 0.5, 1.5, ... steps. One of 0 bits is read as zero: it is for tokens whose rows
+    are kept whole.
 
     With n, 2 m and 4 k channels of 8, 4 and 2 bits a row takes n + m + k bytes. Its channels lie in
     the order in which they are read from whole stretches of bytes:
 
         n + m + k channels in the low bits of all bytes,
         m + k in the bits from the fourth on, of all bytes but the first n,
-        k in the bits from the second on, and k from the sixth on, of the last k bytes.
+        k in the bits from the second on, and k from the sixth on, of the last k bytes,
+        those of 0 bits, in none.
     """
 
     counts: tuple[int, ...]
@@ -61,13 +64,18 @@ class Code:
     @property
     def _segments(self) -> tuple[int, int, int]:
         """n, m, k."""
-        wide, middle, narrow = self.counts
+        wide, middle, narrow, _ = self.counts
         return wide, middle // 2, narrow // 4
+
+    @property
+    def coded(self) -> int:
+        """The channels that have any bits: the row's first."""
+        return self.channels - self.counts[-1]
 
     def bits(self) -> list[int]:
         """Every channel's, [c]."""
         n, m, k = self._segments
-        return [8] * n + ([4] * m + [2] * k) * 2 + [2] * 2 * k
+        return [8] * n + ([4] * m + [2] * k) * 2 + [2] * 2 * k + [0] * self.counts[-1]
 
     def places(self) -> list[int]:
         """Where in a row the channels lie that have most bits, and those that have fewer."""
@@ -79,13 +87,17 @@ class Code:
 
         The gradient passes straight through (1308.3432), but for what is clamped.
         """
+        none = torch.zeros_like(rows[..., self.coded :])
+        rows = rows[..., : self.coded]
         most = self._half(rows) - 0.5
         within = torch.minimum(torch.maximum(rows, -most), most)
         # What is added is 0: the middle of a step is exact in any dtype, as it is when it is read.
-        return within.floor().detach() + 0.5 + (within - within.detach())
+        read = within.floor().detach() + 0.5 + (within - within.detach())
+        return torch.cat((read, none), dim=-1) if self.counts[-1] else read
 
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         """The code, uint8 [..., bytes], of rows [..., c]."""
+        rows = rows[..., : self.coded]
         half = self._half(rows)
         steps = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + half
         n, m, k = self._segments
@@ -94,7 +106,10 @@ class Code:
         return torch.cat((low[..., :n], low[..., n : n + m] | high[..., :m] << 4, narrow), dim=-1)
 
     def widened(self, code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows [..., c] of a code [..., bytes], less the half step that whole numbers lack."""
+        """Rows [..., c] of a code [..., bytes], less half a step, which makes them whole numbers.
+
+        Channels of 0 bits are less by a half, too.
+        """
         n, m, _ = self._segments
         narrow = code[..., n + m :]
         parts = (
@@ -106,17 +121,19 @@ class Code:
         # In 8 bits, which are quick: 128 more or less is one and the same, and the sign is right.
         steps = [(part - half).view(torch.int8) for part, half in parts if part.shape[-1]]
         if torch.compiler.is_compiling() and steps:
-            return torch.cat(steps, dim=-1).to(dtype)
+            rows = torch.cat(steps, dim=-1).to(dtype)
+            return torch.nn.functional.pad(rows, (0, self.counts[-1]), value=-0.5)
         rows = torch.empty(*code.shape[:-1], self.channels, dtype=dtype, device=code.device)
         start = 0
         for part in steps:  # to convert into place is less than to convert and to copy
             rows[..., start : start + part.shape[-1]] = part
             start += part.shape[-1]
+        rows[..., start:] = -0.5
         return rows
 
     def _half(self, like: torch.Tensor) -> torch.Tensor:
-        """Half of every channel's steps, [c]."""
-        return _constant(tuple(2.0 ** (bits - 1) for bits in self.bits()), like)
+        """Half of the steps of every channel that has bits."""
+        return _constant(tuple(2.0 ** (bits - 1) for bits in self.bits()[: self.coded]), like)
 
     def _all(self, wide: int | None, middle: int, narrow: int, like: torch.Tensor) -> torch.Tensor:
         """A number for every byte, by the bits of its channels; None to leave bytes of 8 out."""

@@ -34,9 +34,9 @@ class MLAConfigMixin(ConvertedConfigMixin):
             with is cached beside the latent; with `rope_on_read` keys are formed when they are
             read, and rotated whole.
         code_channels: For each layer, how many of the numbers that a token leaves in the cache have
-            8, 4 and 2 bits: of keys, and of values. None where all have 16 bits. Decoupled, the
-            keys are then all of them rotated components, turned by their slot, and the latent is
-            the values' alone.
+            8, 4, 2 and 0 bits: of keys, and of values. Those of 0 bits are kept of the sequence's
+            first tokens alone. None where all have 16 bits. Decoupled, the keys are then all of
+            them rotated components, turned by their slot, and the latent is the values' alone.
         exact_tokens: How many first tokens of a sequence keep 16 bits in a coded cache.
         conversion: The recipe the checkpoint was made with.
     """
@@ -59,12 +59,14 @@ class MLAConfigMixin(ConvertedConfigMixin):
             dict(qk_rope_head_dim=4, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True, kv_lora_rank=32),
-            dict(qk_rope_head_dim=0, code_channels=[[[6, 2, 4], [0, 0, 0]]] * 2),
-            dict(qk_rope_head_dim=0, rope_on_read=True, code_channels=[[[6, 2, 4], [0, 0, 0]]] * 2),
+            dict(qk_rope_head_dim=0, code_channels=[[[4, 2, 4, 2], [0] * 4]] * 2),
+            dict(
+                qk_rope_head_dim=0, rope_on_read=True, code_channels=[[[4, 2, 4, 2], [0] * 4]] * 2
+            ),
             dict(
                 qk_rope_head_dim=12,
                 rope_pairs=[[0, 1, 1, 2, 3, 3]] * 2,
-                code_channels=[[[6, 2, 4], [6, 2, 4]]] * 2,
+                code_channels=[[[4, 2, 4, 2], [5, 2, 4, 1]]] * 2,
             ),
         )
     )

@@ -107,7 +107,7 @@ def mfa(model):
 TURNED = dict(
     qk_rope_head_dim=12,
     rope_pairs=[[0, 1, 1, 2, 3, 3]] * 2,
-    code_channels=[[[6, 2, 4], [6, 2, 4]]] * 2,
+    code_channels=[[[6, 2, 4, 0], [4, 2, 4, 2]]] * 2,
 )
 MODELS = {
     "gqa": (lambda: tiny.source(), gqa, (8, 16)),

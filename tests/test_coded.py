@@ -23,7 +23,7 @@ from rehead.converters.fisher import moments_of
 from rehead.converters.maps import attention, reference_attention
 from rehead.converters.moments import CodingTokens
 from rehead.evaluation import kv_bytes_per_token
-from rehead.modeling.coding import Code
+from rehead.modeling.coding import BITS, Code
 
 SHAPES = {
     "grouped": {},
@@ -63,10 +63,11 @@ def dims_of(transform, seen, kind, share=1.0, bits=8, exact=4):
     codes = []
     for channels in transform.channels(seen):
         count = int(share * len(channels.left) * channels.unit) // 8 * 8
-        first = channels.left[:, 0].argsort(descending=True)[: count // channels.unit]
+        first = channels.left[:, -1].argsort(descending=True)[: count // channels.unit]
         order = (first[:, None] * channels.unit + torch.arange(channels.unit)).flatten()
         steps = channels.steps[first, (8, 4, 2).index(bits)].repeat_interleave(channels.unit)
-        counts = tuple(count if bits == b else 0 for b in (8, 4, 2))
+        of_none = min(channels.first, len(channels.left) * channels.unit - count)
+        counts = (*(count if bits == b else 0 for b in (8, 4, 2)), of_none)
         codes.append(Dealt(counts, tuple(order.tolist()), tuple(steps.tolist())))
     return CodedDims(codes[0], codes[1] if kind == "turned" else Dealt(), exact, kind == "turned")
 
@@ -150,9 +151,9 @@ def some_channels(count, generator, unit=1, tokens=64):
 
 def left_by(dealt, channels):
     """The error that a code leaves of its channels."""
-    bits = torch.zeros(len(channels.left), dtype=torch.long)
+    bits = torch.full((len(channels.left),), BITS.index(0))
     for place, index in enumerate(dealt.order):
-        bits[index // channels.unit] = 1 + (8, 4, 2).index(Code(dealt.counts).bits()[place])
+        bits[index // channels.unit] = BITS.index(Code(dealt.counts).bits()[place])
     return float(channels.left.gather(1, bits[:, None]).sum())
 
 
@@ -178,7 +179,10 @@ def test_bits_are_dealt_where_they_take_away_most():
 @given(st.integers(0, 10**6), st.floats(0.05, 0.5), st.sampled_from([(8, 4, 2), (8,), (4,)]))
 def test_the_budget_is_kept_and_used(seed, share, allowed):
     generator = torch.Generator().manual_seed(seed)
-    codes = [[some_channels(32, generator, 2), some_channels(48, generator)] for _ in range(3)]
+    codes = [
+        [some_channels(32, generator, 2), replace(some_channels(48, generator), first=16)]
+        for _ in range(3)
+    ]
     most = share * 2 * 3 * (64 + 48)
     found = deal(codes, most, allowed)
     pairs = [
@@ -188,8 +192,9 @@ def test_the_budget_is_kept_and_used(seed, share, allowed):
     ]
     for dealt, channels in pairs:
         width = len(channels.left) * channels.unit
-        assert 0 < sum(dealt.counts) == len(set(dealt.order)) <= width
-        assert all(n == 0 or b in allowed for n, b in zip(dealt.counts, (8, 4, 2), strict=True))
+        assert 0 < len(dealt.order) == len(set(dealt.order)) == sum(dealt.counts[:-1]) <= width
+        assert all(n == 0 or b in (*allowed, 0) for n, b in zip(dealt.counts, BITS, strict=True))
+        assert dealt.first == min(channels.first, width - len(dealt.order))
         if channels.unit == 2:  # the parts of a pair are alike, and lie side by side
             bits = Code(dealt.counts).bits()
             assert bits[::2] == bits[1::2] and dealt.steps[::2] == dealt.steps[1::2]
@@ -208,22 +213,51 @@ def test_a_budget_below_a_channel_each_is_refused():
         deal([[channels]] * 4, 3)
 
 
-def test_tails_and_first_tokens_are_measured():
-    """Rare large numbers lose more by 4 bits; what first tokens have in a channel, by none."""
+def test_tails_are_measured():
+    """Rare large numbers lose more by 4 bits."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(4000, generator=generator, dtype=torch.float64)
     rare = torch.where(torch.rand(4000, generator=generator) < 0.01, 10.0, 0.1) * plain
     numbers = torch.stack([plain / plain.std(), rare / rare.std()], 1)
     gradients = torch.randn(4000, 2, generator=generator, dtype=torch.float64)
     channels = Channels.measured((numbers, gradients))
-    left = channels.left / channels.left[:, :1] * coding.COHERENT
-    assert left[1, 2] > 2 * left[0, 2]
-    for column, bits in enumerate((8, 4, 2)):  # a channel of a normal distribution (1960 Max)
-        assert left[0, column + 1] == pytest.approx({8: 3e-4, 4: 0.0117, 2: 0.119}[bits], rel=0.5)
-    first = torch.tensor([[0.0, 200.0]]).double(), torch.ones(1, 2).double()
-    sunk = Channels.measured((numbers, gradients), first)
-    assert sunk.left[0, 0] == channels.left[0, 0] and sunk.left[1, 0] > 2 * channels.left[1, 0]
-    assert torch.equal(sunk.left[:, 1:], channels.left[:, 1:])
+    left = channels.left / channels.left[:, -1:] * coding.COHERENT
+    assert left[1, 1] > 2 * left[0, 1]
+    for column, lost in enumerate((3e-4, 0.0117, 0.119)):  # of a normal distribution (1960 Max)
+        assert left[0, column] == pytest.approx(lost, rel=0.5)
+
+
+def test_first_channels_hold_what_tokens_have():
+    """All of it with as many as there are tokens, and with fewer the most."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(5, 12, generator=generator).double()
+    missed = []
+    for count in range(1, 6):
+        to, back = coding.first_channels(numbers, count)
+        held = numbers @ to.mT
+        assert float(held.square().mean(0).max()) == pytest.approx(1, rel=1e-6)
+        missed.append(float((held @ back.mT - numbers).square().sum()))
+    assert missed[-1] < 1e-18 * missed[0] and missed == sorted(missed, reverse=True)
+    single = numbers.square().sum() - numbers.square().sum(0).max()
+    assert missed[0] < single  # what one of the channels themselves leaves
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_tokens_have_what_is_left_out_of_others(shape, kind):
+    """Values of first tokens are whole though most channels have no bits; the twin lacks them."""
+    maps, x, transform, seen = layer(shape, kind)
+    first = replace(seen, **{name: part[:4] for name, part in vars(seen).items()})
+    whole = replace(transform, moments=replace(transform.moments, first=first))
+    meant = attention(maps, x)[0, :1]  # a first token reads none but its own value
+    off = []
+    for some in (whole, transform):
+        dims = dims_of(some, seen, kind, share=0.5)
+        assert (dims.values if kind == "turned" else dims.keys).first == (4 if some is whole else 0)
+        form = some.build(dims)
+        assert form.cache_width == sum(map(sum, dims.counts))
+        off.append(error(attention(form.reader(), x)[0, :1], meant))
+    assert off[0] < 1e-6 and off[1] > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -310,12 +344,12 @@ def test_bits_go_by_importance(tmp_path, text, monkeypatch):
 
     coded("auto", "auto")
     for bits in ("8", "4"):
-        counts = [zip((8, 4, 2), part, strict=True) for row in coded(bits, bits) for part in row]
-        assert {b for pairs in counts for b, n in pairs if n} == {int(bits)}
+        counts = [zip(BITS, part, strict=True) for row in coded(bits, bits) for part in row]
+        assert {b for pairs in counts for b, n in pairs if n} <= {int(bits), 0}
     measured = Channels.measured
 
-    def mistaken(*tokens, unit=1):
-        right = measured(*tokens, unit=unit)
+    def mistaken(tokens, **options):
+        right = measured(tokens, **options)
         return replace(right, left=right.left.flip(0))
 
     monkeypatch.setattr(Channels, "measured", mistaken)

@@ -339,10 +339,10 @@ def test_a_saved_model_is_the_same(case, layout, ids, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(code_channels=[[[12, 0, 0], [0, 0, 0]]]), "code_channels has 1 entries"),
+        (dict(code_channels=[[[12, 0, 0, 0], [0] * 4]]), "code_channels has 1 entries"),
         (dict(exact_tokens=-1), "exact_tokens=-1; give one for each layer, and 0 or more"),
         (dict(kv_lora_rank=13), r"code_channels\[0\] has .* channels .* and the layer caches"),
-        (dict(code_channels=[[[11, 1, 0], [0, 0, 0]]] * 2), "does not fill whole bytes"),
+        (dict(code_channels=[[[11, 1, 0, 0], [0] * 4]] * 2), "does not fill whole bytes"),
     ],
 )
 @pytest.mark.parametrize("layout", tiny.CODED)

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import as_complex, error
 
-from rehead.modeling.coding import Code
+from rehead.modeling.coding import BITS, Code
 from rehead.modeling.latent_attention import LatentAttention
 from rehead.modeling.rope_slots import SlotAngles
 
 
 def code_of(steps: list[int]) -> Code:
-    return Code((steps[0], 2 * steps[1], 4 * steps[2]))
+    return Code((steps[0], 2 * steps[1], 4 * steps[2], steps[3]))
 
 
-CODES = st.lists(st.integers(0, 3), min_size=3, max_size=3).filter(any).map(code_of)
+CODES = st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any).map(code_of)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -28,28 +28,33 @@ def test_a_code_is_read_as_the_middle_of_the_step(dtype, code, seed, scale):
     rows = (torch.randn(2, 3, code.channels, generator=draw) * scale).to(dtype)
     packed, half = code.packed(rows), tiny.half_steps(code).to(dtype)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, code.bytes)
-    bits = [8] * code.counts[0] + [4] * code.counts[1] + [2] * code.counts[2]
+    bits = [b for count, b in zip(code.counts, BITS, strict=True) for _ in range(count)]
     assert sorted(half.tolist(), reverse=True) == [2 ** (b - 1) for b in bits]
     assert code.bytes * 8 == sum(bits)
     want = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + 0.5
+    want[..., code.coded :] = 0
+    assert code.coded == code.channels - code.counts[-1]
     assert torch.equal(code.rounded(rows), want)
     assert torch.equal(code.rounded(rows.requires_grad_()), want)
     assert torch.equal(code.widened(packed, dtype) + 0.5, want)
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 0), (0, 0, 2), (-1, 0, 0), (1, 2), (0, -2, 4)])
+@pytest.mark.parametrize(
+    "counts", [(1, 1, 0, 0), (0, 0, 2, 0), (-1, 0, 0, 0), (1, 2, 0), (0, -2, 4, 0)]
+)
 def test_a_code_that_fills_no_whole_bytes_is_refused(counts):
     with pytest.raises(ValueError, match=r"does not fill whole bytes. Give counts of 0 or more"):
         Code(counts)
 
 
 def test_the_gradient_of_a_code_is_that_of_a_clamp():
-    code = Code((1, 2, 4))
+    code = Code((1, 2, 4, 3))
     half = tiny.half_steps(code)
     for share, want in ((0.3, 1.0), (-0.3, 1.0), (1.1, 0.0), (-1.1, 0.0)):
         rows = (share * half).requires_grad_()
         (grad,) = torch.autograd.grad(code.rounded(rows).sum(), rows)
-        assert torch.equal(grad, torch.full_like(grad, want))
+        assert torch.equal(grad[: code.coded], torch.full_like(grad[: code.coded], want))
+        assert not grad[code.coded :].any()
 
 
 def naive(f: LatentAttention, x: torch.Tensor, angles: SlotAngles, twist: str = ""):
@@ -73,6 +78,7 @@ def naive(f: LatentAttention, x: torch.Tensor, angles: SlotAngles, twist: str = 
     def read_back(row, code):
         half = tiny.half_steps(code).double()
         middle = torch.minimum(torch.maximum(row.floor(), -half), half - 1) + 0.5
+        middle[:, code.coded :] = 0
         kept = 0 if twist == "first" else c.exact_tokens
         return row if twist == "code" else torch.cat((row[:kept], middle[kept:]))
 

@@ -109,11 +109,14 @@ class Whole:
         return found
 
 
+MEANS = "importance", "covariance", "mean"
+
+
 def distance(found, wanted):
     return max(
         error(getattr(found[layer], name), one)
         for layer in wanted
-        for name, one in zip(("importance", "covariance", "mean"), wanted[layer], strict=True)
+        for name, one in zip(MEANS, wanted[layer], strict=True)
     )
 
 
@@ -125,6 +128,9 @@ def test_the_moments_are_those_of_the_whole_model(case, tmp_path):
     assert [*found] == [*reversed(whole.layers)]
     assert distance(found, whole.moments()) < 1e-4
     assert not [*(tmp_path / "work").iterdir()]
+    for layer, moments in found.items():
+        assert error(moments.first.inputs, whole.read[layer][:, :SKIP].flatten(0, 1)) < 1e-4
+        assert moments.first.positions.tolist() == [*range(SKIP)] * len(IDS)
     # The text's own labels make the empirical Fisher; first tokens matter more.
     for wrong in (dict(labels="text"), dict(skip=0)):
         assert distance(found, whole.moments(**wrong)) > 1e-2
@@ -164,7 +170,11 @@ def test_batches_and_pieces_change_nothing(case, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "TOKENS_AT_ONCE", 2 * IDS.shape[1])  # 2 sequences, then 1
     monkeypatch.setattr(fisher, "HEAD_TOKENS", 17)
     pieces = streamed(tmp_path / "model", tmp_path / "work")
-    assert distance(pieces, {layer: vars(m).values() for layer, m in whole.items()}) < 1e-5
+    wanted = {layer: [getattr(m, name) for name in MEANS] for layer, m in whole.items()}
+    assert distance(pieces, wanted) < 1e-5
+    for layer, moments in whole.items():
+        for name, part in vars(moments.first).items():
+            assert error(getattr(pieces[layer].first, name), part) < 1e-5
     other = streamed(tmp_path / "model", tmp_path / "work", generator=seeded(6))
     assert error(other[0].importance, whole[0].importance) > 1e-2
 
@@ -239,9 +249,11 @@ def test_an_interrupted_pass_is_made_up_for_and_a_finished_one_is_not_run(tmp_pa
     wanted, found = kept("whole"), kept("resumed")
     assert [*wanted] == [*found] == ["moments-0000.pt", "moments-0001.pt"]
     for name in wanted:
-        one, other = (vars(kept[name]["moments"]) for kept in (wanted, found))
-        assert isinstance(found[name]["moments"], CodingMoments)
-        assert all(torch.equal(one[part], other[part]) for part in one)
+        one, other = (kept[name]["moments"] for kept in (wanted, found))
+        assert isinstance(other, CodingMoments)
+        assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in MEANS)
+        for part, numbers in vars(one.first).items():
+            assert torch.equal(numbers, getattr(other.first, part))
     run("whole", lambda *call: calls.append(call))
     assert len(calls) == 5
 
