@@ -35,6 +35,8 @@ from .writer import Writer
 
 # The first so many sequences are surveyed; what is fitted beyond the closed form sees them all.
 SURVEY_SEQUENCES = 12
+# So many where the whole model's gradients are asked for, which take more text to settle.
+IMPORTANCE_SEQUENCES = 24
 # So many, and so many tokens of each, are enough to compare dims by.
 REFIT_SEQUENCES = 4
 COMPARED_TOKENS = 512
@@ -88,7 +90,7 @@ class Job:
                 self.source.tensor(name)  # what is only copied, at the end: damage is told now
         files = [_moments_file(work, layer) for layer in range(self.layers)]
         if isinstance(self.target, CodedMLATarget):
-            self._survey_model(self.target, tokens, work, files)
+            self._survey_model(self.target, tokens[:IMPORTANCE_SEQUENCES], work, files)
             self.processes.wait()
             return self.processes.of_first(self._dims(files) if self.processes.first else None)
         # What moments and choices take from the text is coarser than bfloat16.
