@@ -9,7 +9,8 @@
 The weights are random, in the shapes a conversion to the budget has: time does not depend on their
 values. Nor does it on the cache's, so that is filled instead of computed. All models of one row
 are timed in turns, in one process; read their ratios. `stock` is transformers' own dense MLA class
-with the same widths. A kind may be a converted model's folder too, for its own dims.
+with the same widths. `coded` and `coded-on-read` cache codes of the budget's bytes. A kind may be a
+converted model's folder too, for its own dims.
 """
 
 import ctypes
@@ -40,6 +41,7 @@ from transformers import (
 
 from rehead.converters.inspection import offers
 from rehead.modeling.cached_decoding import cache_argument
+from rehead.modeling.coded_cache import FirstTokens, coded_layer
 
 RESULTS = Path(__file__).parent / "results"
 # A Llama with true multi-head attention, of which there is none as small and as well known.
@@ -188,9 +190,18 @@ def _config(source: PretrainedConfig, kind: str, budget: float) -> PretrainedCon
         return source
     if Path(kind).is_dir():
         return AutoConfig.from_pretrained(kind)
-    form = {"decoupled": "mla", "on-read": "mla", "stock": "mla"}.get(kind, kind)
-    rope = "on-read" if kind == "on-read" else "decoupled"
-    offer = next(o for o in offers(source, [budget / 100]) if (o.form, o.rope) == (form, rope))
+    form, rope, bits = {
+        "stock": ("mla", "decoupled", "16"),
+        "decoupled": ("mla", "decoupled", "16"),
+        "on-read": ("mla", "on-read", "16"),
+        "coded": ("mla", "decoupled", "auto"),
+        "coded-on-read": ("mla", "on-read", "auto"),
+    }.get(kind, (kind, "decoupled", "16"))
+    offer = next(
+        o
+        for o in offers(source, [budget / 100])
+        if (o.form, o.rope, o.kv_bits) == (form, rope, bits)
+    )
     if offer.config is None:
         raise typer.BadParameter(str(offer.refused))
     return _stock(offer.config) if kind == "stock" else offer.config
@@ -280,12 +291,17 @@ def _filled(model: Any, batch: int, context: int, static: bool) -> Any:
         use_cache=True,
     )
     for index, layer in enumerate(probe.layers):
-        keys, values = (
-            torch.empty(batch, part.shape[1], context, part.shape[3], dtype=part.dtype).normal_()
-            for part in (layer.keys, layer.values)
+        if isinstance(layer, FirstTokens):
+            coded_layer(cache, index).first = layer.first.repeat(batch, 1, 1)
+        cache.update(
+            _random(layer.keys, batch, context), _random(layer.values, batch, context), index
         )
-        cache.update(keys, values, index)
     return cache
+
+
+def _random(like: torch.Tensor, batch: int, context: int) -> torch.Tensor:
+    numbers = like.new_empty(batch, like.shape[1], context, like.shape[3])
+    return numbers.normal_() if numbers.is_floating_point() else numbers.random_()
 
 
 def _reset_peak() -> int | None:

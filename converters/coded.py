@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..modeling.coding import Code
-from .coding import FIRST_CHANNELS, Channels, Counts, Dealt, first_channels
+from .coding import FIRST_CHANNELS, Channels, Dealt, first_channels
 from .latent import LatentAttention, SharedKeyAttention, of_source
 from .lowrank import Factors, WeightedSVD, square_roots
 from .maps import AttentionMaps, normalised, project, rotate, token_angles
@@ -49,27 +49,27 @@ class CodedDims:
     @property
     def width(self) -> float:
         """The numbers of 16 bits that a token's row takes as much as."""
-        return (self.keys.bytes + self.values.bytes) / 2 + self.scales
+        return (self.keys.code.bytes + self.values.code.bytes) / 2 + self.scales
 
     def bytes(self, itemsize: int) -> float:
         """A token's bytes, with the numbers that are not coded of so many bytes each."""
-        return self.keys.bytes + self.values.bytes + self.scales * itemsize
+        return self.keys.code.bytes + self.values.code.bytes + self.scales * itemsize
 
     @property
-    def counts(self) -> tuple[Counts, Counts]:
-        """How many channels of keys, and of values, have 8, 4, 2 and 0 bits."""
-        return self.keys.counts, self.values.counts
+    def codes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of keys and of values, by their counts."""
+        return self.keys.code.counts, self.values.code.counts
 
     def named(self) -> dict[str, int]:
         """The dims by the config's names."""
-        keys, values = (sum(counts) for counts in self.counts)
+        keys, values = self.keys.code.channels, self.values.code.channels
         rotated = {"kv_lora_rank": values, "qk_rope_head_dim": keys}
         return rotated if self.rotated else {"kv_lora_rank": keys, "qk_rope_head_dim": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coded(LatentAttention):
-    """A layer whose cached channels are coded with 8, 4 or 2 bits each.
+    """A layer whose cached channels are coded with a few bits each.
 
     Its maps give and read channels in units of their quantiser's steps, and `read` rounds them as a
     cache does.
@@ -79,12 +79,12 @@ class Coded(LatentAttention):
 
     @property
     def cache_width(self) -> int:
-        return sum(map(sum, self.dims.counts)) + self.dims.scales
+        return sum(self.dims.named().values()) + self.dims.scales
 
-    def decoded(self, rows: Float[Tensor, "B T c"], code: Dealt) -> Float[Tensor, "B T c"]:
+    def decoded(self, rows: Float[Tensor, "B T c"], code: Code) -> Float[Tensor, "B T c"]:
         """Rows of whole sequences as they are read from a cache."""
         exact = self.dims.exact_tokens
-        return torch.cat([rows[:, :exact], Code(code.counts).rounded(rows[:, exact:])], dim=1)
+        return torch.cat([rows[:, :exact], code.rounded(rows[:, exact:])], dim=1)
 
     def balanced(self) -> Any:
         return replace(self, **self._even_queries())  # channels keep their steps
@@ -98,7 +98,7 @@ class CodedWholeKeyMLA(Coded, WholeKeyMLA):
     """A coded latent from which keys are formed, turned whole when they are read, and values."""
 
     def read(self, x):
-        pair = project(self.decoded(self.latent(x), self.dims.keys), self.kv_b, self.kv_b_bias)
+        pair = project(self.decoded(self.latent(x), self.dims.keys.code), self.kv_b, self.kv_b_bias)
         width = self.q.shape[1]
         k = normalised(pair[..., :width], self.k_norm, self.norm_eps)
         angles = token_angles(self.inv_freq, x)[:, None]
@@ -110,7 +110,7 @@ class CodedMLA(Coded, MLA):
     """A coded latent from which keys and values are read, of models without RoPE."""
 
     def read(self, x):
-        latent = self.decoded(linear(x, self.kv_a, self.kv_a_bias), self.dims.keys)
+        latent = self.decoded(linear(x, self.kv_a, self.kv_a_bias), self.dims.keys.code)
         pair = project(latent, self.kv_b, self.kv_b_bias)
         free, _ = self.split_queries(self.queries(x))
         width = self.phase.shape[1]
@@ -162,14 +162,14 @@ class TurnedKeyMLA(Coded, SharedKeyAttention):
         angles = token_angles(self.inv_freq, x)
         turned = rotate(components, angles[:, list(self.rope_pairs)])
         pairs = turned.unflatten(-1, (2, -1)).mT.flatten(-2)  # side by side, as they are coded
-        pairs = self.decoded(pairs, self.dims.keys).to(latent.dtype)
+        pairs = self.decoded(pairs, self.dims.keys.code).to(latent.dtype)
         turned = torch.cat([pairs[..., ::2], pairs[..., 1::2]], dim=-1)
         angles = angles[:, None]
         k = super().spread(turned) + rotate(self.k_mean.expand(len(angles), -1, -1), angles)
         if self.k_norm is not None:
             plain = self.spread(components)
             k = k * self.key_scales(plain[..., :0], plain)[..., None]
-        v = project(self.decoded(latent, self.dims.values), self.kv_b)
+        v = project(self.decoded(latent, self.dims.values.code), self.kv_b)
         return rotate(self.queries(x), angles), k, v
 
     def own_tensors(self, rope_factor: float) -> dict[str, Tensor | None]:
@@ -255,10 +255,10 @@ def in_steps(
     order = list(dealt.order)
     step = torch.tensor(dealt.steps).to(factors.down)
     down, up = factors.down[order] / step[:, None], factors.up[:, order] * step
-    if first is None or not dealt.first:
+    if first is None or not dealt.code.first:
         return down, up
     without = sorted(set(range(len(factors.down))) - set(order))
-    to, back = first_channels(first[:, without], dealt.first)
+    to, back = first_channels(first[:, without], dealt.code.first)
     down = torch.cat([down, to @ factors.down[without]])
     return down, torch.cat([up, factors.up[:, without] @ back], dim=1)
 

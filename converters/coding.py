@@ -14,20 +14,20 @@ Letters: N tokens, c channels, n units of channels that have one number of bits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..modeling.coding import BITS, Code
+from ..modeling.coding import BITS, BYTES, Code
 from .errors import InputError
 
 # What a channel can have that is coded.
 CODED = BITS[:-1]
 # A channel's step with each number of bits, in its standard deviations. The tails of a text unlike
 # the calibration text are longer than what is seen, so 8 bits reach 8 deviations.
-STEPS = {8: 0.0625, 4: 0.44, 2: 1.1}
+STEPS = {8: 0.0625, 6: 0.16, 5: 0.27, 4: 0.44, 3: 0.70, 2: 1.1}
 # What leaves a channel out is alike for tokens that are alike, and adds up where attention takes
 # their mean; rounding differs from token to token. So much dearer is an error of the first kind.
 COHERENT = 3.0
@@ -35,7 +35,9 @@ COHERENT = 3.0
 # channels that are left out is nearly the same in every text, so that few directions hold it.
 FIRST_CHANNELS = 16
 
-Counts = tuple[int, int, int, int]
+# The kind of bytes with a channel fewer that a kind of bytes gives way to where channels are few.
+FEWER = {5: 4, 4: 2, 3: 0, 2: 0, 1: 0}
+
 # Numbers of tokens, and gradients with respect to them.
 Tokens = tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]
 
@@ -45,23 +47,14 @@ class Dealt:
     """The code of a row, and which channel lies where in it.
 
     Args:
-        counts: how many channels have 8, 4, 2 and 0 bits.
+        code: how the channels share its bytes.
         order: for every place of the row that has bits, the channel that lies there.
         steps: for each of these places, in units of the channel.
     """
 
-    counts: Counts = (0, 0, 0, 0)
+    code: Code = field(default_factory=Code)
     order: tuple[int, ...] = ()
     steps: tuple[float, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        return Code(self.counts).bytes
-
-    @property
-    def first(self) -> int:
-        """The channels of 0 bits, which the first tokens alone have."""
-        return self.counts[-1]
 
 
 @dataclass(frozen=True)
@@ -70,13 +63,13 @@ class Channels:
 
     Args:
         left: of each unit, the error with each number of `BITS`.
-        steps: the quantiser's step with 8, 4 and 2 bits.
+        steps: the quantiser's step with each of them above 0.
         unit: channels that have one number of bits and one step, and stand together: 2 of a pair.
         first: the most channels of 0 bits that a row is to have for the first tokens.
     """
 
-    left: Float[Tensor, "n 4"]
-    steps: Float[Tensor, "n 3"]
+    left: Float[Tensor, "n b"]
+    steps: Float[Tensor, "n b-1"]
     unit: int = 1
     first: int = 0
 
@@ -105,8 +98,10 @@ class Channels:
         left.append(error(numbers) * COHERENT)
         return cls(torch.stack(left, 1), torch.stack(steps, 1), unit, first)
 
-    def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
-        """The code that a price per bit leaves, of whole bytes and of one at least.
+    def code(self, price: float, allowed: Sequence[int]) -> tuple[Code, Float[Tensor, " n"]]:
+        """The code that a price per bit leaves, of one byte at least, and each unit's bits for it.
+
+        The code has room for as many, and for a few more where they fill no bytes.
 
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
@@ -116,29 +111,48 @@ class Channels:
         barred = torch.tensor([b not in (*allowed, 0) for b in BITS])
         cost = (self.left + price * self.unit * bits).masked_fill(barred, torch.inf)
         chosen = bits[cost.argmin(1)]
-        # Of those with equal bits, the first are those that would lose most by fewer.
+        counts = bytes_for([int((chosen == b).sum()) for b in BITS], allowed)
+        first = min(self.first, len(chosen) - Code((*counts, 0)).coded)
+        return Code(tuple(count * self.unit for count in (*counts, first))), chosen
+
+    def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
+        """The code that a price per bit leaves, with a channel for every place in it."""
+        code, chosen = self.code(price, allowed)
+        # Of channels with equal bits, the first are those that would lose most by fewer.
         need = self.left[:, -1] - self.left[:, :-1].min(1).values
         ranked = sorted(range(len(need)), key=lambda i: (-float(chosen[i]), -float(need[i])))
-        counts, start = [], 0
-        for number in CODED:
-            whole = 8 // number  # units, so that no unit lies in two stretches of a row
-            wanted = int((chosen >= number).sum()) - start
-            found = max(0, -(-wanted // whole)) * whole
-            if number == min(allowed) and not start + found:
-                found = whole
-            room = (len(ranked) - start) // whole * whole
-            counts.append(min(found, room) if number in allowed else 0)
-            start += counts[-1]
-        counts.append(min(self.first, len(ranked) - start))
-        code = Code(tuple(count * self.unit for count in counts))
-        order, steps = [0] * code.coded, [0.0] * code.coded
+        bits, order, steps = code.bits(), [0] * code.coded, [0.0] * code.coded
         for index, place in enumerate(code.places()[: code.coded]):
             unit, part = divmod(index, self.unit)
             order[place] = ranked[unit] * self.unit + part
-            column = BITS.index(code.bits()[place])
-            steps[place] = float(self.steps[ranked[unit], column])
-        wide, middle, narrow, none = code.counts
-        return Dealt((wide, middle, narrow, none), tuple(order), tuple(steps))
+            steps[place] = float(self.steps[ranked[unit], BITS.index(bits[place])])
+        return Dealt(code, tuple(order), tuple(steps))
+
+
+def bytes_for(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
+    """How many bytes of each kind have room for so many channels of each number of `BITS`.
+
+    There are no more places in them than channels, and at least one byte.
+
+    Args:
+        wanted: of 0 bits, too.
+        allowed: the numbers of bits that a channel may have, beside none.
+    """
+    of = dict(zip(BITS, wanted, strict=True))
+    threes = max(0, of[3] - of[5])  # the others share a byte with a channel of 5 bits
+    pairs = -(-threes // 2)
+    twos = max(0, of[2] - of[6] - pairs)
+    counts = [of[8], of[6], of[5], -(-of[4] // 2), pairs, -(-twos // 4)]
+    if not any(counts):
+        counts[max(k for k, kind in enumerate(BYTES) if {*kind} <= {*allowed})] = 1
+    for kind in sorted(FEWER, reverse=True):
+        many = max(0, Code((*counts, 0)).coded - sum(wanted))
+        given = min(many, counts[kind])
+        counts[kind] -= given
+        if 8 in allowed:
+            counts[FEWER[kind]] += given
+    counts[0] = min(counts[0], sum(wanted))
+    return counts
 
 
 def deal(
@@ -155,13 +169,10 @@ def deal(
         InputError: the bytes do not suffice for a channel of each code.
     """
 
-    def dealt(price: float) -> list[tuple[Dealt, ...]]:
-        return [tuple(codes.dealt(price, allowed) for codes in layer) for layer in layers]
+    def size(price: float) -> int:
+        return sum(part.code(price, allowed)[0].bytes for layer in layers for part in layer)
 
-    def size(found: list[tuple[Dealt, ...]]) -> int:
-        return sum(code.bytes for layer in found for code in layer)
-
-    least = size(dealt(torch.inf))
+    least = size(torch.inf)
     if least > most_bytes:
         raise InputError(
             f"the budget leaves {most_bytes:.0f} bytes a token for all layers' codes, and they "
@@ -170,8 +181,8 @@ def deal(
     low, high = 1e-30, 1e30
     while high / low > 1 + 1e-6:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if size(dealt(middle)) <= most_bytes else (middle, high)
-    return dealt(high)
+        low, high = (low, middle) if size(middle) <= most_bytes else (middle, high)
+    return [tuple(part.dealt(high, allowed) for part in layer) for layer in layers]
 
 
 def first_channels(

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .coded import CodedDims
-from .coding import Counts
 from .errors import InputError
 from .families import FAMILIES, family_of
 from .recipe import LayerReport, Recipe
@@ -139,9 +138,9 @@ def _mean_dims(target: Target) -> Any:
     return target.dims(target.width, sorted(target.splits)[(len(target.splits) - 1) // 2])
 
 
-def code_of(dims: Dims) -> tuple[Counts, Counts] | None:
-    """How many channels of keys, and of values, have 8, 4, 2 and 0 bits, where they are coded."""
-    return dims.counts if isinstance(dims, CodedDims) else None
+def code_of(dims: Dims) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The codes of keys and of values by their counts, where they are coded."""
+    return dims.codes if isinstance(dims, CodedDims) else None
 
 
 def config_of_dims(target: Target, layers: Sequence[Dims]) -> PretrainedConfig:

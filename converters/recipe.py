@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..modeling.coding import BITS
+from ..modeling.coding import BITS, Code
 
 # A layer is out of the ordinary whose error is so many times the median layer's, and no trifle.
 ODD_RATIO = 10.0
@@ -48,8 +48,7 @@ class LayerReport:
         closed_form_error: before anything is fitted beyond the moments.
         parameters: of the source's attention and the converted one.
         pairs: how many frequencies the source has, which `rope_pairs` are indices of.
-        code: how many channels of keys, and of values, have 8, 4, 2 and 0 bits, where they are
-            coded.
+        code: of keys and of values, where they are coded; see `modeling.coding.Code`.
         energy: the weighted squared error that leaving out each direction of the latent adds, by
             falling importance; those that were left out are the last.
     """
@@ -61,15 +60,15 @@ class LayerReport:
     error: float | None = None
     parameters: tuple[int, int] | None = None
     pairs: int = 0
-    code: tuple[tuple[int, int, int, int], ...] | None = None
+    code: tuple[tuple[int, ...], ...] | None = None
     energy: tuple[float, ...] = ()
 
     @property
-    def codes(self) -> dict[str, tuple[int, int, int, int]]:
-        """What is coded -> how many of its channels have 8, 4, 2 and 0 bits; empty for nothing."""
+    def codes(self) -> dict[str, tuple[int, ...]]:
+        """What is coded -> how many of its channels have each of `BITS`; empty for nothing."""
         if self.code is None:
             return {}
-        keys, values = self.code
+        keys, values = (Code(counts).by_bits() for counts in self.code)
         if not any(values):
             return {"keys and values": keys}
         return {"keys": keys, "values": values}
@@ -81,7 +80,7 @@ class LayerReport:
 
 
 def channel_words(counts: Sequence[int]) -> str:
-    """Counts of channels with 8, 4, 2 and 0 bits in words, without those that are zero."""
+    """Counts of channels with each of `BITS` in words, without those that are zero."""
     each = [
         f"{count:,} of {bits}" for count, bits in zip(counts, BITS, strict=True) if count and bits
     ]

@@ -12,10 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import modeling
+from ..modeling.coding import Code
 from .budget import Budget, key_scales
 from .calibration import in_precision
 from .coded import CodedDims, JointTransform, TurnedTransform
-from .coding import FIRST_CHANNELS, Channels, Dealt, deal
+from .coding import CODED, FIRST_CHANNELS, Channels, Dealt, deal
 from .errors import InputError
 from .families import FAMILIES, head_dim, kv_heads, window_in_use
 from .gqa import GQA, POOLINGS, GQAMoments, gqa_moments, to_gqa
@@ -336,7 +337,7 @@ class CodedMLATarget(LatentTarget):
                 )
         self.joint = self.on_read or not self.rotatable
         self.scales = 0 if self.joint else key_scales(config)
-        self.allowed = (8, 4, 2) if recipe.kv_bits == "auto" else (int(recipe.kv_bits),)
+        self.allowed = CODED if recipe.kv_bits == "auto" else (int(recipe.kv_bits),)
         self.least = self.width
         self.most = self.source
         share = recipe.kv_budget
@@ -351,21 +352,24 @@ class CodedMLATarget(LatentTarget):
     def dims(self, width: int, share: float) -> CodedDims:
         """Of a layer that has the mean of all bytes, as much of them in keys as in values.
 
-        They are about what calibration gives: every channel has 4 bits, or 8 where more bytes than
-        that are left.
+        They are about what calibration gives: every channel has 4 bits, or 8 where bytes are left.
         """
         parts = 1 if self.joint else 2
         most = min(2 * self.keys, self.config.hidden_size) if self.joint else self.keys
         each = int(self.bytes / self.config.num_hidden_layers / parts)
-        bits = 4 if 4 in self.allowed else 8
-        count = max(4, min(each * 8 // bits, most) // 4 * 4)
-        wide = 0
-        if bits == 4 and 8 in self.allowed:  # 4 bits more for each channel that then has 8
-            wide = min(max(0, each - count // 2) * 2 // 4 * 4, count)
-        some = (wide, count - wide, 0) if bits == 4 else (count, 0, 0)
-        first = min(FIRST_CHANNELS, most - count) if self.recipe.exact_tokens else 0
-        row = Dealt((*some, first))
-        return self._coded([row] if self.joint else [Dealt((*some, 0)), row])
+        wide, pairs = 0, 0  # bytes of a channel of 8 bits, and of two of 4
+        if 4 in self.allowed:
+            pairs = max(2, min(each, most // 2) // 2 * 2)
+            if 8 in self.allowed:
+                more = min(max(0, each - pairs), pairs) // 2 * 2
+                wide, pairs = 2 * more, pairs - more
+        else:
+            wide = max(2, min(each, most) // 2 * 2)
+        left = most - wide - 2 * pairs
+        first = min(FIRST_CHANNELS, left) if self.recipe.exact_tokens else 0
+        row = (wide, 0, 0, pairs, 0, 0)
+        keys = (*row, first if self.joint else 0)
+        return self._coded([Dealt(Code(keys)), Dealt(Code((*row, first)))][:parts])
 
     def _coded(self, codes: Sequence[Dealt]) -> CodedDims:
         values = Dealt() if self.joint else codes[1]
@@ -401,8 +405,8 @@ class CodedMLATarget(LatentTarget):
         return [self._coded(codes) for codes in deal(asked, self.bytes, self.allowed)]
 
     def config_of(self, layers, fields) -> PretrainedConfig:
-        code = [[list(part) for part in layer.code or ()] for layer in layers]
-        coded = {"code_channels": code, "exact_tokens": self.recipe.exact_tokens}
+        codes = [[list(part) for part in layer.code or ()] for layer in layers]
+        coded = {"cache_codes": codes, "exact_tokens": self.recipe.exact_tokens}
         return super().config_of(layers, fields | coded)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.coding import Code
 from .calibration import Kronecker, PhaseMoments
 from .coded import CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA
 from .coding import Channels, Dealt
@@ -41,7 +42,7 @@ from .writer import NO_SPACE
 KEPT: list[Any] = [
     *(CodingMoments, CodingTokens, Components, GQA, GQAMoments),
     *(Kronecker, LatentMoments, PhaseMoments),
-    *(Channels, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
+    *(Channels, Code, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
     *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
 ]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..modeling.cached_decoding import cache_of
+from ..modeling.coding import Code
 
 # Two lengths whose difference counts: what does not grow with the text is no cost of a token.
 LENGTHS = (16, 48)
@@ -47,9 +48,10 @@ def exact_bytes(config: PretrainedConfig) -> int:
 
     The room that a growing cache has for its next tokens is not counted.
     """
-    if getattr(config, "code_channels", None) is None:
+    if getattr(config, "cache_codes", None) is None:
         return 0
-    channels = sum(sum(counts) for layer in config.code_channels for counts in layer)
+    codes = (Code(tuple(counts)) for layer in config.cache_codes for counts in layer)
+    channels = sum(code.channels for code in codes)
     return channels * config.exact_tokens * (config.dtype or torch.float32).itemsize
 
 

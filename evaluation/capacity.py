@@ -42,7 +42,7 @@ def _layer(config: PretrainedConfig, index: int) -> tuple[int, int]:
         return min(config.head_dim, cached, rank or cached), cached
     if hasattr(config, "kv_lora_rank"):
         latent, rotated = width("kv_lora_rank"), width("qk_rope_head_dim")
-        if getattr(config, "code_channels", None) is not None and rotated:
+        if getattr(config, "cache_codes", None) is not None and rotated:
             # Keys have nothing but rotated components, of the frequencies that were kept.
             rank = 2 * len(set(config.layer_rope_pairs(index)))
             return min(rank, config.q_lora_rank or rank), rotated

@@ -25,8 +25,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-# Of channels with 8, 4, 2 and 0 bits.
-SHADES = ("#08519c", "#6baed6", "#c6dbef", "#d9d9d9")
+# Of channels with each number of `BITS`: the more bits, the darker; those without any are grey.
+SHADES = (*matplotlib.colormaps["Blues_r"](np.linspace(0.1, 0.85, len(BITS) - 1)), "#bdbdbd")
 # Where a spectrum is drawn down to, as a share of all.
 LEAST_ENERGY = 1e-6
 

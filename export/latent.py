@@ -41,9 +41,9 @@ def exportable_family(source: Source) -> Family:
     if config.form_name != "MLA":
         form = config.form_name + ("-KR" if getattr(config, "key_reuse", False) else "")
         raise InputError(f"{path} is {form}, which no stock class holds. {AGAIN}")
-    if config.code_channels is not None:
+    if config.cache_codes is not None:
         raise InputError(
-            f"{path} caches codes of 8, 4 and 2 bits, which no stock class and no engine reads. "
+            f"{path} caches codes of a few bits, which no stock class and no engine reads. "
             "Convert the original again with --to mla --kv-bits 16, and with --native, or --preset "
             "engine for deepseek and gguf."
         )

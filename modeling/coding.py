@@ -13,69 +13,82 @@ from typing import Any
 
 import torch
 
-# The bits that a channel can have, in the order of a row's channels. One of 0 bits is cached of a
-# sequence's first tokens alone.
-BITS = (8, 4, 2, 0)
+# The kinds of bytes: how many bits each channel in one has, the first in the byte's low bits.
+BYTES = ((8,), (6, 2), (5, 3), (4, 4), (3, 3, 2), (2, 2, 2, 2))
+# The bits that a channel can have. One of 0 bits is cached of a sequence's first tokens alone.
+BITS = (8, 6, 5, 4, 3, 2, 0)
 # An additive mask's number that leaves no weight: they are from -1e4 to -inf.
 NEGLIGIBLE = -1e3
 
 
 @dataclass(frozen=True)
+class Plane:
+    """One channel of each of a row's bytes, from the byte `start` on.
+
+    Args:
+        bits, shifts: of every such channel, how many bits it has and at which of the byte's bits it
+            begins.
+    """
+
+    start: int
+    bits: tuple[int, ...]
+    shifts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Code:
-    """How many of a row's channels have 8, 4, 2 and 0 bits.
+    """How a row's channels share the bytes of its code.
 
     A channel of b bits has 2^b steps, half of them below zero, and is read as the middle of a step:
     ..., -1.5, -0.5, 0.5, 1.5, ... steps. One of 0 bits is read as zero: it is for tokens whose rows
     are kept whole.
 
-    With n, 2 m and 4 k channels of 8, 4 and 2 bits a row takes n + m + k bytes. Its channels lie in
-    the order in which they are read from whole stretches of bytes:
+    The bytes lie by their kinds, those that more channels share behind the others. The channels lie
+    in the order in which they are read from whole stretches of bytes: the first channel of every
+    byte, the second of every byte that has one, and so on; those of 0 bits are the last.
 
-        n + m + k channels in the low bits of all bytes,
-        m + k in the bits from the fourth on, of all bytes but the first n,
-        k in the bits from the second on, and k from the sixth on, of the last k bytes,
-        those of 0 bits, in none.
+    Args:
+        counts: how many bytes of each kind in `BYTES` a row has, and how many channels of 0 bits.
     """
 
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = (0,) * (len(BYTES) + 1)
 
     def __post_init__(self):
-        whole = len(self.counts) == len(BITS) and all(
-            count >= 0 and count * bits % 8 == 0
-            for count, bits in zip(self.counts, BITS, strict=True)
-        )
-        if not whole:
+        if len(self.counts) != len(BYTES) + 1 or min(self.counts) < 0:
             raise ValueError(
-                f"a code with {list(self.counts)} channels of {list(BITS)} bits does not fill "
-                "whole bytes. Give counts of 0 or more, even of 4 bits and a multiple of 4 of 2 "
-                "bits."
+                f"a code has {list(self.counts)} bytes and channels. Give {len(BYTES) + 1} counts "
+                f"of 0 or more: of bytes that hold channels of "
+                f"{', '.join('+'.join(map(str, kind)) for kind in BYTES)} bits, and of channels "
+                "that have none."
             )
-
-    @property
-    def channels(self) -> int:
-        """The channels of a row, c."""
-        return sum(self.counts)
 
     @property
     def bytes(self) -> int:
         """The bytes that a row's code takes."""
-        return sum(self._segments)
+        return sum(self.counts[:-1])
 
     @property
-    def _segments(self) -> tuple[int, int, int]:
-        """n, m, k."""
-        wide, middle, narrow, _ = self.counts
-        return wide, middle // 2, narrow // 4
+    def first(self) -> int:
+        """The channels of 0 bits, which the first tokens alone have."""
+        return self.counts[-1]
 
     @property
     def coded(self) -> int:
         """The channels that have any bits: the row's first."""
-        return self.channels - self.counts[-1]
+        return sum(len(kind) * n for kind, n in zip(BYTES, self.counts, strict=False))
 
-    def bits(self) -> list[int]:
+    @property
+    def channels(self) -> int:
+        """The channels of a row, c."""
+        return self.coded + self.first
+
+    def bits(self) -> tuple[int, ...]:
         """Every channel's, [c]."""
-        n, m, k = self._segments
-        return [8] * n + ([4] * m + [2] * k) * 2 + [2] * 2 * k + [0] * self.counts[-1]
+        return _bits(self.counts)
+
+    def by_bits(self) -> tuple[int, ...]:
+        """How many channels have as many bits as each number in `BITS`."""
+        return tuple(self.bits().count(bits) for bits in BITS)
 
     def places(self) -> list[int]:
         """Where in a row the channels lie that have most bits, and those that have fewer."""
@@ -93,36 +106,40 @@ class Code:
         within = torch.minimum(torch.maximum(rows, -most), most)
         # What is added is 0: the middle of a step is exact in any dtype, as it is when it is read.
         read = within.floor().detach() + 0.5 + (within - within.detach())
-        return torch.cat((read, none), dim=-1) if self.counts[-1] else read
+        return torch.cat((read, none), dim=-1) if self.first else read
 
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         """The code, uint8 [..., bytes], of rows [..., c]."""
         rows = rows[..., : self.coded]
         half = self._half(rows)
         steps = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + half
-        n, m, k = self._segments
-        low, high, second, last = steps.to(torch.uint8).split([n + m + k, m + k, k, k], dim=-1)
-        narrow = low[..., n + m :] | high[..., m:] << 4 | second << 2 | last << 6
-        return torch.cat((low[..., :n], low[..., n : n + m] | high[..., :m] << 4, narrow), dim=-1)
+        planes = _planes(self.counts)
+        parts = steps.to(torch.uint8).split([len(plane.bits) for plane in planes], dim=-1)
+        code = parts[0]
+        for plane, part in zip(planes[1:], parts[1:], strict=True):
+            added = code[..., plane.start :] | part << _constant(plane.shifts, part)
+            code = torch.cat((code[..., : plane.start], added), dim=-1)
+        return code
 
     def widened(self, code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows [..., c] of a code [..., bytes], less half a step, which makes them whole numbers.
 
         Channels of 0 bits are less by a half, too.
         """
-        n, m, _ = self._segments
-        narrow = code[..., n + m :]
-        parts = (
-            (code & self._all(255, 15, 3, code), self._all(128, 8, 2, code)),
-            (code[..., n:] >> 4 & self._all(None, 15, 3, code), self._all(None, 8, 2, code)),
-            (narrow >> 2 & 3, 2),
-            (narrow >> 6, 2),
-        )
-        # In 8 bits, which are quick: 128 more or less is one and the same, and the sign is right.
-        steps = [(part - half).view(torch.int8) for part, half in parts if part.shape[-1]]
-        if torch.compiler.is_compiling() and steps:
+        steps = []
+        for plane in _planes(self.counts):
+            part = code[..., plane.start :]
+            if any(plane.shifts):
+                part = part >> _constant(plane.shifts, code)
+            mask = tuple(2**bits - 1 for bits in plane.bits)
+            half = tuple(2 ** (bits - 1) for bits in plane.bits)
+            # In 8 bits, which are quick: 128 more or less is one and the same, and the sign is
+            # right.
+            part = (part & _constant(mask, code)) - _constant(half, code)
+            steps.append(part.view(torch.int8))
+        if torch.compiler.is_compiling() and self.coded:
             rows = torch.cat(steps, dim=-1).to(dtype)
-            return torch.nn.functional.pad(rows, (0, self.counts[-1]), value=-0.5)
+            return torch.nn.functional.pad(rows, (0, self.first), value=-0.5)
         rows = torch.empty(*code.shape[:-1], self.channels, dtype=dtype, device=code.device)
         start = 0
         for part in steps:  # to convert into place is less than to convert and to copy
@@ -133,21 +150,39 @@ class Code:
 
     def _half(self, like: torch.Tensor) -> torch.Tensor:
         """Half of the steps of every channel that has bits."""
-        return _constant(tuple(2.0 ** (bits - 1) for bits in self.bits()[: self.coded]), like)
-
-    def _all(self, wide: int | None, middle: int, narrow: int, like: torch.Tensor) -> torch.Tensor:
-        """A number for every byte, by the bits of its channels; None to leave bytes of 8 out."""
-        n, m, k = self._segments
-        first = () if wide is None else (wide,) * n
-        return _constant(first + (middle,) * m + (narrow,) * k, like)
+        return _constant(_halves(self.counts), like)
 
 
 @cache
-def _constant_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device):
+def _planes(counts: tuple[int, ...]) -> list[Plane]:
+    """The channels of a row that have bits, in its order."""
+    planes = []
+    for number in range(max(map(len, BYTES))):
+        sharing = [(kind, n) for kind, n in zip(BYTES, counts, strict=False) if len(kind) > number]
+        bits = tuple(kind[number] for kind, n in sharing for _ in range(n))
+        shifts = tuple(sum(kind[:number]) for kind, n in sharing for _ in range(n))
+        if bits or not number:
+            planes.append(Plane(sum(counts[:-1]) - len(bits), bits, shifts))
+    return planes
+
+
+@cache
+def _bits(counts: tuple[int, ...]) -> tuple[int, ...]:
+    coded = tuple(bits for plane in _planes(counts) for bits in plane.bits)
+    return coded + (0,) * counts[-1]
+
+
+@cache
+def _halves(counts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(2 ** (bits - 1) for bits in _bits(counts) if bits)
+
+
+@cache
+def _constant_on(values: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+def _constant(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A short tensor that is made once for a dtype and a device."""
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -6,6 +6,9 @@ from .coding import Code
 from .converted_config import ConvertedConfigMixin
 from .rows import CodedRows, PlainRows
 
+# Of 12 channels, for a layout of a tiny model.
+TINY_CODE = [1, 1, 1, 0, 1, 0, 4]
+
 
 class MLAConfigMixin(ConvertedConfigMixin):
     """Fields that turn a family's config into one of its MLA form.
@@ -33,10 +36,11 @@ class MLAConfigMixin(ConvertedConfigMixin):
             have one. The family says whether it is of each head by itself. What keys are multiplied
             with is cached beside the latent; with `rope_on_read` keys are formed when they are
             read, and rotated whole.
-        code_channels: For each layer, how many of the numbers that a token leaves in the cache have
-            8, 4, 2 and 0 bits: of keys, and of values. Those of 0 bits are kept of the sequence's
-            first tokens alone. None where all have 16 bits. Decoupled, the keys are then all of
-            them rotated components, turned by their slot, and the latent is the values' alone.
+        cache_codes: For each layer the code of keys, and that of values: how many bytes of a row
+            hold channels of 8, 6+2, 5+3, 4+4, 3+3+2 and 2+2+2+2 bits, and how many channels of no
+            bits are kept of the sequence's first tokens alone. None where all have 16 bits.
+            Decoupled, the keys are then all of them rotated components, turned by their slot, and
+            the latent is the values' alone.
         exact_tokens: How many first tokens of a sequence keep 16 bits in a coded cache.
         conversion: The recipe the checkpoint was made with.
     """
@@ -59,14 +63,12 @@ class MLAConfigMixin(ConvertedConfigMixin):
             dict(qk_rope_head_dim=4, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True),
             dict(qk_rope_head_dim=0, rope_on_read=True, kv_lora_rank=32),
-            dict(qk_rope_head_dim=0, code_channels=[[[4, 2, 4, 2], [0] * 4]] * 2),
-            dict(
-                qk_rope_head_dim=0, rope_on_read=True, code_channels=[[[4, 2, 4, 2], [0] * 4]] * 2
-            ),
+            dict(qk_rope_head_dim=0, cache_codes=[[TINY_CODE, [0] * 7]] * 2),
+            dict(qk_rope_head_dim=0, rope_on_read=True, cache_codes=[[TINY_CODE, [0] * 7]] * 2),
             dict(
                 qk_rope_head_dim=12,
                 rope_pairs=[[0, 1, 1, 2, 3, 3]] * 2,
-                code_channels=[[[4, 2, 4, 2], [5, 2, 4, 1]]] * 2,
+                cache_codes=[[[2, 0, 0, 2, 0, 0, 6], TINY_CODE]] * 2,
             ),
         )
     )
@@ -79,13 +81,13 @@ class MLAConfigMixin(ConvertedConfigMixin):
     rope_on_read: bool = False
     kv_a_bias: bool = False
     kv_b_bias: bool = False
-    code_channels: list[list[list[int]]] | None = None
+    cache_codes: list[list[list[int]]] | None = None
     exact_tokens: int = 4
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.qk_nope_head_dim = self.v_head_dim = self.head_dim
-        coded = self.code_channels is not None
+        coded = self.cache_codes is not None
         if self.qk_norm or coded or (self.rope_on_read and self.qk_rope_head_dim):
             # What keys are scaled by, or the rotated key within the latent, are every head's: the
             # attention is not split.
@@ -102,25 +104,25 @@ class MLAConfigMixin(ConvertedConfigMixin):
         return self.head_dim + self.qk_rope_head_dim
 
     def layer_rows(self, layer_idx: int) -> PlainRows | CodedRows:
-        if self.code_channels is None:
+        if self.cache_codes is None:
             return PlainRows()
         halves = self.layer_layout(layer_idx) == "turned keys"
-        return CodedRows(*self._codes(layer_idx), self.exact_tokens, halves)
+        return CodedRows(*self._layer_codes(layer_idx), self.exact_tokens, halves)
 
-    def _codes(self, layer_idx: int) -> tuple[Code, Code]:
+    def _layer_codes(self, layer_idx: int) -> tuple[Code, Code]:
         """Of one layer's keys and values, where they are coded."""
-        assert self.code_channels is not None
-        keys, values = self.code_channels[layer_idx]
+        assert self.cache_codes is not None
+        keys, values = self.cache_codes[layer_idx]
         return Code(tuple(keys)), Code(tuple(values))
 
     def layer_layout(self, layer_idx: int) -> str:
         if not self.rope_on_read:
-            coded = self.code_channels is not None and self.layer_dims(layer_idx)[1]
+            coded = self.cache_codes is not None and self.layer_dims(layer_idx)[1]
             return "turned keys" if coded else "mla"
         rank, rotated = self.layer_dims(layer_idx)
         if rotated:
             return "key in latent"
-        plain = rank == self.hidden_size and self.code_channels is None
+        plain = rank == self.hidden_size and self.cache_codes is None
         return "inputs" if plain else "whole keys"
 
     def query_rank(self, layer_idx: int) -> int | None:
@@ -155,22 +157,22 @@ class MLAConfigMixin(ConvertedConfigMixin):
 
     def _check_code(self):
         """Raises unless a coded row has the channels that its layer caches."""
-        if self.code_channels is None:
+        if self.cache_codes is None:
             return
-        if len(self.code_channels) != self.num_hidden_layers or self.exact_tokens < 0:
+        if len(self.cache_codes) != self.num_hidden_layers or self.exact_tokens < 0:
             raise ValueError(
-                f"code_channels has {len(self.code_channels)} entries for num_hidden_layers="
+                f"cache_codes has {len(self.cache_codes)} entries for num_hidden_layers="
                 f"{self.num_hidden_layers}, and exact_tokens={self.exact_tokens}; give one for "
                 "each layer, and 0 or more tokens."
             )
         for layer_idx in range(self.num_hidden_layers):
             rank, rotated = self.layer_dims(layer_idx)
             layout = self.layer_layout(layer_idx)
-            found = tuple(code.channels for code in self._codes(layer_idx))
+            found = tuple(code.channels for code in self._layer_codes(layer_idx))
             meant = (rotated, rank) if layout == "turned keys" else (rank, 0)
             if found != meant:
                 raise ValueError(
-                    f"code_channels[{layer_idx}] has {found} channels of keys and values, and the "
+                    f"cache_codes[{layer_idx}] has {found} channels of keys and values, and the "
                     f"layer caches {meant}."
                 )
 

@@ -80,7 +80,7 @@ def mla(model):
     rank, groups = attention.kv_lora_rank, config.num_key_value_heads
     down = attention.kv_a_proj_with_mqa.weight.detach().double()
     up = heads_of(attention.kv_b_proj.weight, groups)
-    if config.code_channels is not None:
+    if config.cache_codes is not None:
         rest = torch.zeros(0, config.hidden_size, dtype=torch.float64)
         return shared(attention, config, [rest] * groups, apart(down[: attention.qk_rope_head_dim]))
     keys = [part[: attention.nope_head_dim] @ down[:rank] for part in up]
@@ -107,7 +107,7 @@ def mfa(model):
 TURNED = dict(
     qk_rope_head_dim=12,
     rope_pairs=[[0, 1, 1, 2, 3, 3]] * 2,
-    code_channels=[[[6, 2, 4, 0], [4, 2, 4, 2]]] * 2,
+    cache_codes=[[[6, 0, 0, 2, 0, 0, 2], [2, 1, 1, 1, 0, 1, 0]]] * 2,
 )
 MODELS = {
     "gqa": (lambda: tiny.source(), gqa, (8, 16)),

@@ -98,7 +98,7 @@ def test_a_new_family_is_one_row(form, monkeypatch):
 class HalfConfigMixin(MLAConfigMixin):
     form_name = "HALF"
     # Coded rows are of layouts by their names.
-    tiny_layouts = tuple(x for x in MLAConfigMixin.tiny_layouts if "code_channels" not in x)
+    tiny_layouts = tuple(x for x in MLAConfigMixin.tiny_layouts if "cache_codes" not in x)
 
     def layer_layout(self, layer_idx):
         return "half"

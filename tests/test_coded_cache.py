@@ -246,7 +246,7 @@ def test_cache_holds_as_many_bytes_as_the_config_says(case, layout, ids):
     config, clamped = model.config, 0
     cache = cache_of(model(ids))
     for i, layer in enumerate(cache.layers):
-        codes = [Code(tuple(counts)) for counts in config.code_channels[i]]
+        codes = [Code(tuple(counts)) for counts in config.cache_codes[i]]
         tokens = layer.keys.shape[2]
         assert tokens == (5 if case == "window" else 20)
         assert layer.keys.dtype == torch.uint8
@@ -254,8 +254,12 @@ def test_cache_holds_as_many_bytes_as_the_config_says(case, layout, ids):
         scales = config.key_scales if layout != "whole keys" else 0
         assert layer.values.nbytes == 2 * tokens * scales * 4
         assert layer.first.nbytes == 2 * 4 * sum(code.channels for code in codes) * 4
-        narrow = layer.keys[..., -sum(codes[-1].counts[1:]) // 4 :]
-        clamped += int(((narrow >> 6 == 0) | (narrow >> 6 == 3)).sum())
+        start = 0
+        for code in codes:
+            rows = code.widened(layer.keys[..., start : start + code.bytes], torch.float32)
+            twos = rows[..., [bits == 2 for bits in code.bits()]]
+            clamped += int(((twos == -2) | (twos == 1)).sum())
+            start += code.bytes
     assert clamped  # so that the models of this file are ones in which it counts
 
 
@@ -331,7 +335,7 @@ def test_a_saved_model_is_the_same(case, layout, ids, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     for config in (loaded.config, pickle.loads(pickle.dumps(model.config))):
-        assert config.code_channels == model.config.code_channels
+        assert config.cache_codes == model.config.cache_codes
         assert config.exact_tokens == 4 and type(config) is type(model.config)
     tiny.load_without_rehead(model, ids, tmp_path)
 
@@ -339,10 +343,10 @@ def test_a_saved_model_is_the_same(case, layout, ids, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(code_channels=[[[12, 0, 0, 0], [0] * 4]]), "code_channels has 1 entries"),
+        (dict(cache_codes=[[[12] + [0] * 6, [0] * 7]]), "cache_codes has 1 entries"),
         (dict(exact_tokens=-1), "exact_tokens=-1; give one for each layer, and 0 or more"),
-        (dict(kv_lora_rank=13), r"code_channels\[0\] has .* channels .* and the layer caches"),
-        (dict(code_channels=[[[11, 1, 0, 0], [0] * 4]] * 2), "does not fill whole bytes"),
+        (dict(kv_lora_rank=13), r"cache_codes\[0\] has .* channels .* and the layer caches"),
+        (dict(cache_codes=[[[11, 1], [0] * 7]] * 2), "Give 7 counts of 0 or more"),
     ],
 )
 @pytest.mark.parametrize("layout", tiny.CODED)

@@ -12,12 +12,7 @@ from rehead.modeling.coding import BITS, Code
 from rehead.modeling.latent_attention import LatentAttention
 from rehead.modeling.rope_slots import SlotAngles
 
-
-def code_of(steps: list[int]) -> Code:
-    return Code((steps[0], 2 * steps[1], 4 * steps[2], steps[3]))
-
-
-CODES = st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any).map(code_of)
+CODES = st.lists(st.integers(0, 3), min_size=7, max_size=7).filter(any).map(tuple).map(Code)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -28,27 +23,41 @@ def test_a_code_is_read_as_the_middle_of_the_step(dtype, code, seed, scale):
     rows = (torch.randn(2, 3, code.channels, generator=draw) * scale).to(dtype)
     packed, half = code.packed(rows), tiny.half_steps(code).to(dtype)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, code.bytes)
-    bits = [b for count, b in zip(code.counts, BITS, strict=True) for _ in range(count)]
+    bits = [b for count, b in zip(code.by_bits(), BITS, strict=True) for _ in range(count)]
     assert sorted(half.tolist(), reverse=True) == [2 ** (b - 1) for b in bits]
     assert code.bytes * 8 == sum(bits)
     want = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + 0.5
     want[..., code.coded :] = 0
-    assert code.coded == code.channels - code.counts[-1]
+    assert code.coded == code.channels - code.first
     assert torch.equal(code.rounded(rows), want)
     assert torch.equal(code.rounded(rows.requires_grad_()), want)
     assert torch.equal(code.widened(packed, dtype) + 0.5, want)
 
 
-@pytest.mark.parametrize(
-    "counts", [(1, 1, 0, 0), (0, 0, 2, 0), (-1, 0, 0, 0), (1, 2, 0), (0, -2, 4, 0)]
-)
-def test_a_code_that_fills_no_whole_bytes_is_refused(counts):
-    with pytest.raises(ValueError, match=r"does not fill whole bytes. Give counts of 0 or more"):
+def test_channels_share_bytes():
+    """Of 6 bits with 2, of 5 with 3, of 4 in pairs, of 3 with 2, and of 2 in fours."""
+    code = Code((1, 1, 1, 1, 1, 1, 2))
+    assert code.bytes == 6 and code.by_bits() == (1, 1, 1, 2, 3, 6, 2)
+    rows = torch.zeros(code.channels)
+    changed = []  # bytes, by channel
+    for channel in range(code.channels):
+        other = rows.clone()
+        other[channel] = 1.0 if code.bits()[channel] else 5.0
+        found = (code.packed(other) != code.packed(rows)).nonzero().flatten()
+        changed.append(found.tolist())
+    shared = [[code.bits()[c] for c in range(code.coded) if changed[c] == [b]] for b in range(6)]
+    assert shared == [[8], [6, 2], [5, 3], [4, 4], [3, 3, 2], [2, 2, 2, 2]]
+    assert changed[-2:] == [[], []]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 0), (0, 0, 0, 0, 0, 0, -1), (1,) * 8])
+def test_counts_of_another_number_or_below_zero_are_refused(counts):
+    with pytest.raises(ValueError, match=r"Give 7 counts of 0 or more: of bytes .* 8, 6\+2, 5\+3"):
         Code(counts)
 
 
 def test_the_gradient_of_a_code_is_that_of_a_clamp():
-    code = Code((1, 2, 4, 3))
+    code = Code((1, 1, 1, 1, 1, 1, 3))
     half = tiny.half_steps(code)
     for share, want in ((0.3, 1.0), (-0.3, 1.0), (1.1, 0.0), (-1.1, 0.0)):
         rows = (share * half).requires_grad_()
@@ -94,7 +103,7 @@ def naive(f: LatentAttention, x: torch.Tensor, angles: SlotAngles, twist: str = 
         return inverse.view(length, -1).expand(-1, groups)
 
     if n:
-        code_k, code_v = (Code(tuple(counts)) for counts in c.code_channels[f.layer_idx])
+        code_k, code_v = (Code(tuple(counts)) for counts in c.cache_codes[f.layer_idx])
         pairs = torch.tensor(c.rope_pairs[f.layer_idx])
         factors, mean = as_complex(f.k_synthesis), as_complex(f.k_mean)
         mean = torch.zeros_like(mean) if twist == "mean" else mean
@@ -115,7 +124,7 @@ def naive(f: LatentAttention, x: torch.Tensor, angles: SlotAngles, twist: str = 
         value = f.kv_b_proj(read_back(row[:, n:], code_v)).view(length, groups, dim)
         query = query * turn[:, None]
     else:
-        code = Code(tuple(c.code_channels[f.layer_idx][0]))
+        code = Code(tuple(c.cache_codes[f.layer_idx][0]))
         both = f.kv_b_proj(read_back(row, code)).view(length, groups, 2 * dim)
         value = both[..., dim:]
         if c.rope_on_read:

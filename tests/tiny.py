@@ -57,9 +57,13 @@ CODED = {
         kv_lora_rank=12,
         qk_rope_head_dim=12,
         rope_pairs=[[0, 1, 1, 2, 3, 3], [3, 0, 0, 2, 1, 1]],
-        code_channels=[[[4, 2, 4, 2], [5, 2, 4, 1]], [[2, 6, 4, 0], [4, 4, 4, 0]]],
+        cache_codes=[
+            [[2, 0, 0, 0, 2, 0, 4], [1, 1, 0, 0, 1, 1, 2]],
+            [[0, 2, 2, 2, 0, 0, 0], [2, 0, 1, 1, 0, 1, 2]],
+        ],
     ),
-    "whole keys": ON_READ | dict(code_channels=[[[5, 2, 4, 1], [0] * 4], [[4, 4, 4, 0], [0] * 4]]),
+    "whole keys": ON_READ
+    | dict(cache_codes=[[[1, 1, 1, 0, 1, 1, 0], [0] * 7], [[3, 0, 0, 2, 1, 0, 2], [0] * 7]]),
 }
 CODED["mla"] = CODED["whole keys"] | dict(rope_on_read=False)
 FACTORED = dict(mfa_head_dim=11, qk_rope_head_dim=6, rope_pairs=[[3, 0, 0], [1, 2, 1]])
