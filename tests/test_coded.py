@@ -210,7 +210,7 @@ def test_the_budget_is_kept_and_used(seed, share, allowed):
     # What is left of it is less than whole bytes of every code of a layer, or all channels have
     # as many bits as they may.
     everything = sum(len(channels.left) * channels.unit for _, channels in pairs)
-    assert used > most - 24 or used == everything * max(allowed) // 8
+    assert used > most - 40 or used == everything * max(allowed) // 8
 
 
 def test_a_budget_below_a_channel_each_is_refused():
@@ -229,14 +229,9 @@ def test_tails_are_measured():
     channels = Channels.measured((numbers, gradients))
     left = channels.left / channels.left[:, -1:] * coding.COHERENT
     assert left[1, BITS.index(4)] > 2 * left[0, BITS.index(4)]
-    for bits, lost in (
-        (8, 3e-4),
-        (6, 0.002),
-        (4, 0.0117),
-        (3, 0.0375),
-        (2, 0.119),
-    ):  # of a normal distribution (1960 Max)
-        assert left[0, BITS.index(bits)] == pytest.approx(lost, rel=0.5)
+    # A step's square over 12, and what is clamped, of a normal distribution.
+    for bits, lost in ((8, 5.3e-4), (6, 3.3e-3), (4, 0.026), (3, 0.06), (2, 0.12)):
+        assert left[0, BITS.index(bits)] == pytest.approx(lost, rel=0.2)
 
 
 def test_first_channels_hold_what_tokens_have():
