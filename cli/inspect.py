@@ -132,10 +132,14 @@ def _contexts(weights: int, per_token: int, exact: int) -> list[dict[str, int]]:
 def _recommended(model: str, found: dict[str, Any]) -> str:
     ropes = {o["rope"] for o in found["forms"] if o["form"] == "mla" and not o["refused"]}
     rope = "" if "decoupled" in ropes else " --rope on-read"
-    command = f"convert --to mla{rope} {model} --kv-budget"
+    command = f"convert --to mla{rope} {model} --kv-bits auto --kv-budget"
+    engines = "for engines, which read no codes, leave out --kv-bits"
     if found["num_key_value_heads"] == found["num_attention_heads"]:
-        return f"{command} 25%  (a KV head for every query head has much to spare)"
-    return f"{command} 50%  (query heads share KV heads already, so there is less to spare)"
+        return f"{command} 25%  (a KV head for every query head has much to spare; {engines})"
+    return (
+        f"{command} 33%  (query heads share KV heads already, so there is less to spare; {engines} "
+        "and keep 50%)"
+    )
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

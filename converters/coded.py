@@ -28,6 +28,9 @@ from .moments import CodingMoments, CodingTokens
 from .rope_split import output_bias
 from .whole_keys import WholeKeyMLA
 
+# The largest weight of what makes a channel, in its steps.
+LARGEST = 1e4
+
 
 @dataclass(frozen=True)
 class CodedDims:
@@ -242,6 +245,19 @@ def most_first_channels(moments: CodingMoments) -> int:
     return 0 if moments.first is None else min(FIRST_CHANNELS, len(moments.first.inputs))
 
 
+def steps_of(dealt: Dealt, rows: Float[Tensor, "c D"], unit: int = 1) -> Float[Tensor, " c"]:
+    """The steps of a code, not so fine that what makes a channel is out of float16's range.
+
+    That is so of directions that the calibration text hardly shows, and of no other.
+
+    Args:
+        rows: what makes the channels that have bits.
+        unit: how many channels side by side have one step.
+    """
+    large = rows.abs().amax(1).unflatten(0, (-1, unit)).amax(1).repeat_interleave(unit)
+    return torch.tensor(dealt.steps).to(rows).maximum(large / LARGEST)
+
+
 def in_steps(
     factors: Factors, dealt: Dealt, first: Float[Tensor, "N _"] | None
 ) -> tuple[Float[Tensor, "c _"], Float[Tensor, "_ c"]]:
@@ -253,12 +269,13 @@ def in_steps(
         first: the first tokens' numbers in all channels, which say what channels of 0 bits hold.
     """
     order = list(dealt.order)
-    step = torch.tensor(dealt.steps).to(factors.down)
+    step = steps_of(dealt, factors.down[order])
     down, up = factors.down[order] / step[:, None], factors.up[:, order] * step
     if first is None or not dealt.code.first:
         return down, up
     without = sorted(set(range(len(factors.down))) - set(order))
-    to, back = first_channels(first[:, without], dealt.code.first)
+    weights = (factors.energy[without] / factors.energy.max()).clamp_min(0).sqrt()
+    to, back = first_channels(first[:, without], weights, dealt.code.first)
     down = torch.cat([down, to @ factors.down[without]])
     return down, torch.cat([up, factors.up[:, without] @ back], dim=1)
 
@@ -348,11 +365,11 @@ class TurnedTransform:
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
         """The layer with the components and channels that the dims name, without the others."""
         maps, mean = self.maps, self.moments.mean
-        step = torch.tensor(dims.keys.steps).to(maps.q)
         chosen = [index // 2 for index in dims.keys.order[::2]]
         found = self.components.of(chosen)
         rows = torch.view_as_real(self.rows[chosen])
         rows = rows.movedim(-1, 1).flatten(0, 1)  # parts side by side
+        step = steps_of(dims.keys, rows, unit=2)
         first = None if self.moments.first is None else self._felt(self.moments.first)[1][0]
         down, up = in_steps(self.values, dims.values, first)
         kv_a = torch.cat([rows / step[:, None], down])

@@ -37,6 +37,8 @@ COHERENT = 3.0
 # channels that are left out is nearly the same in every text, so that few directions hold it.
 FIRST_CHANNELS = 16
 
+# What counts as nothing beside the largest of its kind.
+SMALLEST = 1e-3
 # The kind of bytes with a channel fewer that a kind of bytes gives way to where channels are few.
 FEWER = {5: 4, 4: 2, 3: 0, 2: 0, 1: 0}
 
@@ -85,7 +87,8 @@ class Channels:
         """
         numbers, gradients = tokens
         size = numbers.square().mean(0).unflatten(0, (-1, unit)).mean(-1).sqrt()  # [n]
-        size = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
+        # A channel that is nearly constant, of a text with few words, gets no finer steps for that.
+        size = size.clamp_min(SMALLEST * size.max().clamp_min(torch.finfo(size.dtype).tiny ** 0.5))
         wide, weights = size.repeat_interleave(unit), gradients.square().mean(0)
 
         def error(wrong: Float[Tensor, "N c"]) -> Float[Tensor, " n"]:
@@ -103,7 +106,8 @@ class Channels:
     def code(self, price: float, allowed: Sequence[int]) -> tuple[Code, Float[Tensor, " n"]]:
         """The code that a price per bit leaves, of one byte at least, and each unit's bits for it.
 
-        The code has room for as many, and for a few more where they fill no bytes.
+        Whole bytes have room for a few bits more than these, or for a few less where there are no
+        channels to fill them.
 
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
@@ -134,7 +138,9 @@ class Channels:
 def bytes_for(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
     """How many bytes of each kind have room for so many channels of each number of `BITS`.
 
-    There are no more places in them than channels, and at least one byte.
+    There are no more places in them than channels, so that channels of 4 bits alone are an even
+    number, and at least one byte where that leaves one. Where channels are few, some have other
+    bits than were wanted.
 
     Args:
         wanted: of 0 bits, too.
@@ -147,9 +153,11 @@ def bytes_for(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
     counts = [of[8], of[6], of[5], -(-of[4] // 2), pairs, -(-twos // 4)]
     if not any(counts):
         counts[max(k for k, kind in enumerate(BYTES) if {*kind} <= {*allowed})] = 1
-    for kind in sorted(FEWER, reverse=True):
+    # First those that share a byte with a channel that nobody wanted.
+    alone = [(1, of[6] - of[2]), (2, of[5] - of[3])]
+    for kind, most in alone + [(kind, sum(wanted)) for kind in sorted(FEWER, reverse=True)]:
         many = max(0, Code((*counts, 0)).coded - sum(wanted))
-        given = min(many, counts[kind])
+        given = max(0, min(many, most, counts[kind]))
         counts[kind] -= given
         if 8 in allowed:
             counts[FEWER[kind]] += given
@@ -188,15 +196,18 @@ def deal(
 
 
 def first_channels(
-    numbers: Float[Tensor, "N c"], count: int
+    numbers: Float[Tensor, "N c"], weights: Float[Tensor, " c"], count: int
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "c n"]]:
     """Maps to and from the channels that hold most of what some tokens have in others.
 
     Args:
         numbers: of the tokens, in the channels that have no bits.
+        weights: what an error of each of these matters, beside 1 for the channel of the layer that
+            matters most.
         count: of channels, n.
     """
-    _, sizes, basis = torch.linalg.svd(numbers, full_matrices=False)
-    scale = sizes[0] / len(numbers) ** 0.5  # the largest is of about unit size
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
-    return basis[:count] / scale, basis[:count].mT * scale
+    weights = weights.clamp_min(SMALLEST)
+    _, sizes, basis = torch.linalg.svd(numbers * weights, full_matrices=False)
+    # The largest is of about unit size, if it is large enough for that to matter.
+    scale = (sizes[0] / len(numbers) ** 0.5).clamp_min(SMALLEST)
+    return basis[:count] * weights / scale, (basis[:count] / weights).mT * scale

@@ -365,7 +365,7 @@ class CodedMLATarget(LatentTarget):
                 wide, pairs = 2 * more, pairs - more
         else:
             wide = max(2, min(each, most) // 2 * 2)
-        left = most - wide - 2 * pairs
+        left = max(0, most - wide - 2 * pairs)
         first = min(FIRST_CHANNELS, left) if self.recipe.exact_tokens else 0
         row = (wide, 0, 0, pairs, 0, 0)
         keys = (*row, first if self.joint else 0)

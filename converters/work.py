@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.coding import Code
+from ..modeling.coding import Code, Plane
 from .calibration import Kronecker, PhaseMoments
 from .coded import CodedDims, CodedMLA, CodedWholeKeyMLA, TurnedKeyMLA
 from .coding import Channels, Dealt
@@ -42,7 +42,7 @@ from .writer import NO_SPACE
 KEPT: list[Any] = [
     *(CodingMoments, CodingTokens, Components, GQA, GQAMoments),
     *(Kronecker, LatentMoments, PhaseMoments),
-    *(Channels, Code, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
+    *(Channels, Code, Plane, CodedDims, CodedMLA, CodedWholeKeyMLA, Dealt, TurnedKeyMLA),
     *(MLA, ReadKeyMLA, KeyInLatentMLA, WholeKeyMLA, InputMLA, MFA, MFARows, MFAKR, MFAKRRows),
 ]
 

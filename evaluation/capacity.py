@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..converters.inspection import attention_parameters
+from ..modeling.coding import Code
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ def _layer(config: PretrainedConfig, index: int) -> tuple[int, int]:
         return min(config.head_dim, cached, rank or cached), cached
     if hasattr(config, "kv_lora_rank"):
         latent, rotated = width("kv_lora_rank"), width("qk_rope_head_dim")
-        if getattr(config, "cache_codes", None) is not None and rotated:
+        coded = getattr(config, "cache_codes", None)
+        if coded is not None:  # less the channels of the first tokens alone
+            latent -= Code(tuple(coded[index][1 if rotated else 0])).first
+        if coded is not None and rotated:
             # Keys have nothing but rotated components, of the frequencies that were kept.
             rank = 2 * len(set(config.layer_rope_pairs(index)))
             return min(rank, config.q_lora_rank or rank), rotated

@@ -65,6 +65,8 @@ def bits(layers: Sequence[LayerReport]) -> Figure:
         counts = np.array([layer.codes[name] for layer in layers])  # [layers, kinds]
         base = np.zeros(len(layers), dtype=int)
         for kind, width in enumerate(BITS):
+            if not any(of[kind] for layer in layers for of in layer.codes.values()):
+                continue
             label = f"{width} bits" if width else "first tokens alone"
             axes.bar(at, counts[:, kind], bottom=base, color=SHADES[kind], label=label)
             base = base + counts[:, kind]
@@ -74,7 +76,7 @@ def bits(layers: Sequence[LayerReport]) -> Figure:
         panels.append(axes)
     panels[-1].set_xlabel("layer")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(BITS), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -130,7 +132,8 @@ def left_out(energy: Sequence[float]) -> np.ndarray:
 def latent_rank(layer: LayerReport) -> int:
     """Of the directions in `energy`, how many the layer keeps."""
     if "kv_lora_rank" in layer.dims:
-        return layer.dims["kv_lora_rank"]
+        of_first = [counts[-1] for counts in layer.codes.values()][-1:]
+        return layer.dims["kv_lora_rank"] - sum(of_first)
     return layer.dims["head_dim"] - layer.dims["qk_rope_head_dim"]
 
 

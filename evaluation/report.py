@@ -155,7 +155,10 @@ def _charts(done: Conversion) -> list[str]:
         note = "Squared error over the squared output, on calibration text that was held out."
         found.insert(1, _chart("Error of each layer", note, charts.svg(charts.errors, layers)))
     if done.channels is not None:
-        note = "The channels that each layer caches, by the bits that calibration gave them."
+        note = (
+            "The channels that each layer caches, by the bits that calibration gave them, and the "
+            "channels that only a sequence's first tokens have."
+        )
         found.append(_chart("Bits of the cache", note, charts.svg(charts.bits, layers)))
     if any(layer.rope_pairs for layer in layers):
         note = "Components of keys that keep RoPE, by frequency; the others are free of position."

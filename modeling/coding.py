@@ -7,7 +7,7 @@ each channel is in: to code is to round and to clamp, to read is to widen an int
 B batch, T tokens, c channels of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -52,6 +52,7 @@ class Code:
     """
 
     counts: tuple[int, ...] = (0,) * (len(BYTES) + 1)
+    planes: tuple[Plane, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if len(self.counts) != len(BYTES) + 1 or min(self.counts) < 0:
@@ -61,6 +62,8 @@ class Code:
                 f"{', '.join('+'.join(map(str, kind)) for kind in BYTES)} bits, and of channels "
                 "that have none."
             )
+        planes = tuple(_plane(self.counts, number) for number in range(max(map(len, BYTES))))
+        object.__setattr__(self, "planes", tuple(plane for plane in planes if plane.bits))
 
     @property
     def bytes(self) -> int:
@@ -84,7 +87,8 @@ class Code:
 
     def bits(self) -> tuple[int, ...]:
         """Every channel's, [c]."""
-        return _bits(self.counts)
+        coded = tuple(bits for plane in self.planes for bits in plane.bits)
+        return coded + (0,) * self.first
 
     def by_bits(self) -> tuple[int, ...]:
         """How many channels have as many bits as each number in `BITS`."""
@@ -113,10 +117,9 @@ class Code:
         rows = rows[..., : self.coded]
         half = self._half(rows)
         steps = torch.minimum(torch.maximum(rows.floor(), -half), half - 1) + half
-        planes = _planes(self.counts)
-        parts = steps.to(torch.uint8).split([len(plane.bits) for plane in planes], dim=-1)
-        code = parts[0]
-        for plane, part in zip(planes[1:], parts[1:], strict=True):
+        parts = steps.to(torch.uint8).split([len(plane.bits) for plane in self.planes], dim=-1)
+        code = torch.zeros_like(steps[..., : self.bytes], dtype=torch.uint8)
+        for plane, part in zip(self.planes, parts, strict=True):
             added = code[..., plane.start :] | part << _constant(plane.shifts, part)
             code = torch.cat((code[..., : plane.start], added), dim=-1)
         return code
@@ -127,7 +130,7 @@ class Code:
         Channels of 0 bits are less by a half, too.
         """
         steps = []
-        for plane in _planes(self.counts):
+        for plane in self.planes:
             part = code[..., plane.start :]
             if any(plane.shifts):
                 part = part >> _constant(plane.shifts, code)
@@ -150,31 +153,15 @@ class Code:
 
     def _half(self, like: torch.Tensor) -> torch.Tensor:
         """Half of the steps of every channel that has bits."""
-        return _constant(_halves(self.counts), like)
+        return _constant(tuple(2 ** (bits - 1) for bits in self.bits() if bits), like)
 
 
-@cache
-def _planes(counts: tuple[int, ...]) -> list[Plane]:
-    """The channels of a row that have bits, in its order."""
-    planes = []
-    for number in range(max(map(len, BYTES))):
-        sharing = [(kind, n) for kind, n in zip(BYTES, counts, strict=False) if len(kind) > number]
-        bits = tuple(kind[number] for kind, n in sharing for _ in range(n))
-        shifts = tuple(sum(kind[:number]) for kind, n in sharing for _ in range(n))
-        if bits or not number:
-            planes.append(Plane(sum(counts[:-1]) - len(bits), bits, shifts))
-    return planes
-
-
-@cache
-def _bits(counts: tuple[int, ...]) -> tuple[int, ...]:
-    coded = tuple(bits for plane in _planes(counts) for bits in plane.bits)
-    return coded + (0,) * counts[-1]
-
-
-@cache
-def _halves(counts: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(2 ** (bits - 1) for bits in _bits(counts) if bits)
+def _plane(counts: tuple[int, ...], number: int) -> Plane:
+    """The channels of that number in each of a row's bytes, from 0 on."""
+    sharing = [(kind, n) for kind, n in zip(BYTES, counts, strict=False) if len(kind) > number]
+    bits = tuple(kind[number] for kind, n in sharing for _ in range(n))
+    shifts = tuple(sum(kind[:number]) for kind, n in sharing for _ in range(n))
+    return Plane(sum(counts[:-1]) - len(bits), bits, shifts)
 
 
 @cache

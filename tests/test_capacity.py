@@ -78,9 +78,15 @@ def apart(rows: torch.Tensor) -> torch.Tensor:
 def mla(model):
     attention, config = model.model.layers[0].self_attn, model.config
     rank, groups = attention.kv_lora_rank, config.num_key_value_heads
+    if config.cache_codes is not None:  # less what only first tokens have
+        rank -= (
+            attention.stored.values.first
+            if config.qk_rope_head_dim
+            else attention.stored.keys.first
+        )
     down = attention.kv_a_proj_with_mqa.weight.detach().double()
-    up = heads_of(attention.kv_b_proj.weight, groups)
-    if config.cache_codes is not None:
+    up = heads_of(attention.kv_b_proj.weight[:, :rank], groups)
+    if config.cache_codes is not None and config.qk_rope_head_dim:
         rest = torch.zeros(0, config.hidden_size, dtype=torch.float64)
         return shared(attention, config, [rest] * groups, apart(down[: attention.qk_rope_head_dim]))
     keys = [part[: attention.nope_head_dim] @ down[:rank] for part in up]
@@ -119,6 +125,14 @@ MODELS = {
         lambda: tiny.mla(**TURNED | dict(rope_pairs=[[0, 1, 1, 2, 0, 2]] * 2)),
         mla,
         (6, 12),
+    ),
+    "whole keys, coded": (
+        lambda: tiny.mla(
+            form="on_read",
+            cache_codes=[[[3, 0, 0, 2, 1, 0, 2], [0] * 7]] * 2,
+        ),
+        mla,
+        (8, 10),
     ),
     "narrow latent": (lambda: tiny.mla(form="on_read", kv_lora_rank=5), mla, (5, 5)),
     "mfa": (lambda: tiny.mfa(), mfa, (8, 11)),

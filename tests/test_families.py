@@ -18,7 +18,7 @@ from tiny import positions_of, step_by_step
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from rehead.cli import inspect
-from rehead.converters import InputError, convert, families
+from rehead.converters import InputError, convert, families, plan
 from rehead.converters.checkpoint import open_source
 from rehead.converters.families import FAMILIES, REFUSED, family_of
 from rehead.converters.families import family as family_module
@@ -534,11 +534,17 @@ def test_what_is_offered_is_what_a_family_can_have(family):
     assert offered == {"gqa", "mqa", "mla", "mfa", "mfa-kr"}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "stablelm"])
+@pytest.mark.parametrize("family", ["qwen3", "stablelm", "gpt2"])
 def test_what_inspect_recommends_can_be_had(family, saved):
-    found = inspect._inspect(str(saved(family)[0]))
-    assert "--to mla " in found["recommended"]
-    assert "--rope on-read" not in found["recommended"]
+    folder = str(saved(family)[0])
+    found = inspect._inspect(folder)
+    asked = found["recommended"].partition("  (")[0].split()
+    assert asked[:4] == ["convert", "--to", "mla", folder]
+    options = dict(zip(asked[4::2], asked[5::2], strict=True))
+    assert [*options] == ["--kv-bits", "--kv-budget"]
+    bits, budget = options.values()
+    offer = plan(folder, to="mla", kv_bits=bits, kv_budget=budget)
+    assert offer.kv_bytes_per_token["converted"] < 0.34 * offer.kv_bytes_per_token["source"]
 
 
 UNSUPPORTED = [

@@ -145,6 +145,23 @@ def test_a_code_at_the_edge_of_a_step_may_be_either_of_two(rope, run, monkeypatc
         run(force=True, **options)
 
 
+@pytest.mark.parametrize("bits", ["16", "auto"])
+def test_a_layer_that_adds_nothing_is_right(bits, inputs, tmp_path):
+    """Its output is zero, of which no distance is a share."""
+    model = tiny.source(**folders.MODEL_FIELDS)
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    folders.save(tmp_path / "source", model)
+    options = dict(to="mla", kv_bits=bits, calibration=str(inputs[1]), samples=2, heal=0)
+    convert(str(tmp_path / "source"), output=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("rope", ["decoupled", "on-read"])
+def test_codes_of_few_words_fit_into_float16(rope, run):
+    """Channels that are next to nothing on them are not made large."""
+    for budget in (0.2, 0.5):
+        run(kv_bits="auto", rope=rope, kv_budget=budget, dtype="float16", force=True)
+
+
 def test_a_position_free_query_must_take_the_attention_factor(run, monkeypatch):
     """The scaling of YaRN that a class gives to rotated dims only."""
     right = MFA.state_dict
