@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..modeling.coding import BITS, BYTES, Code
+from ..modeling.coding import BITS, BYTES, Code, channels_in
 from .errors import InputError
 
 # What a channel can have that is coded.
@@ -118,7 +118,7 @@ class Channels:
         cost = (self.left + price * self.unit * bits).masked_fill(barred, torch.inf)
         chosen = bits[cost.argmin(1)]
         counts = bytes_for([int((chosen == b).sum()) for b in BITS], allowed)
-        first = min(self.first, len(chosen) - Code((*counts, 0)).coded)
+        first = min(self.first, len(chosen) - channels_in(counts))
         return Code(tuple(count * self.unit for count in (*counts, first))), chosen
 
     def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
@@ -156,7 +156,7 @@ def bytes_for(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
     # First those that share a byte with a channel that nobody wanted.
     alone = [(1, of[6] - of[2]), (2, of[5] - of[3])]
     for kind, most in alone + [(kind, sum(wanted)) for kind in sorted(FEWER, reverse=True)]:
-        many = max(0, Code((*counts, 0)).coded - sum(wanted))
+        many = max(0, channels_in(counts) - sum(wanted))
         given = max(0, min(many, most, counts[kind]))
         counts[kind] -= given
         if 8 in allowed:

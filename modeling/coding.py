@@ -7,6 +7,7 @@ each channel is in: to code is to round and to clamp, to read is to widen an int
 B batch, T tokens, c channels of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -78,7 +79,7 @@ class Code:
     @property
     def coded(self) -> int:
         """The channels that have any bits: the row's first."""
-        return sum(len(kind) * n for kind, n in zip(BYTES, self.counts, strict=False))
+        return channels_in(self.counts[:-1])
 
     @property
     def channels(self) -> int:
@@ -154,6 +155,11 @@ class Code:
     def _half(self, like: torch.Tensor) -> torch.Tensor:
         """Half of the steps of every channel that has bits."""
         return _constant(tuple(2 ** (bits - 1) for bits in self.bits() if bits), like)
+
+
+def channels_in(counts: Sequence[int]) -> int:
+    """The channels in so many bytes of each kind."""
+    return sum(len(kind) * count for kind, count in zip(BYTES, counts, strict=True))
 
 
 def _plane(counts: tuple[int, ...], number: int) -> Plane:
