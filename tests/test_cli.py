@@ -508,7 +508,7 @@ def test_inspect_reads_the_config_alone(inputs, tmp_path, capsys):
     code, out, _ = run(capsys, "inspect", folder)
     assert code == 0
     assert "When to take which" in out
-    assert "--kv-budget 50%" in out.splitlines()[-1]
+    assert "--kv-bits auto --kv-budget 33%" in out.splitlines()[-1]
 
 
 def test_inspect_says_more_where_there_is_room(inputs, capsys, monkeypatch):
