@@ -60,7 +60,7 @@ class CodedDims:
 
     @property
     def codes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of keys and of values, by their counts."""
+        """The counts of the keys' code and of the values' code, as the config has them."""
         return self.keys.code.counts, self.values.code.counts
 
     def named(self) -> dict[str, int]:
@@ -186,7 +186,7 @@ class TurnedKeyMLA(Coded, SharedKeyAttention):
 
 @dataclass(frozen=True)
 class JointTransform:
-    """The transform of keys, before their norm and rotation, and values as one vector.
+    """One transform of keys and values together; keys before their norm and rotation.
 
     Args:
         maps: of the source.
@@ -202,7 +202,7 @@ class JointTransform:
         return WeightedSVD.of(self.moments.importance, self.moments.covariance)(rows)
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
-        """The model's loss by each channel of the latent, for every number of bits.
+        """What each channel of the latent adds to the model's loss with each number of bits.
 
         Args:
             seen: the layer's tokens on calibration text.
@@ -210,12 +210,12 @@ class JointTransform:
         return (Channels.measured(self._felt(seen), first=most_first_channels(self.moments)),)
 
     def _felt(self, seen: CodingTokens) -> tuple[Float[Tensor, "N c"], Float[Tensor, "N c"]]:
-        """Every token's channels, and the gradients with respect to them."""
+        """Every token's numbers in the latent's channels, and their gradients."""
         numbers = (seen.inputs - self.moments.mean) @ self.factors.down.mT
         return numbers, seen.gradients @ self.factors.up
 
     def build(self, dims: CodedDims) -> Coded:
-        """The layer with the channels that the dims name coded, and without the others."""
+        """The converted layer, whose latent has the channels that `dims` names, in their steps."""
         maps, groups, mean = self.maps, self.maps.kv_heads, self.moments.mean
         first = None if self.moments.first is None else self._felt(self.moments.first)[0]
         down, up = in_steps(self.factors, dims.keys, first)
@@ -241,14 +241,14 @@ class JointTransform:
 
 
 def most_first_channels(moments: CodingMoments) -> int:
-    """The most channels of 0 bits that first tokens have any use for."""
+    """How many channels the first tokens alone can use: at most one for each of them."""
     return 0 if moments.first is None else min(FIRST_CHANNELS, len(moments.first.inputs))
 
 
 def steps_of(dealt: Dealt, rows: Float[Tensor, "c D"], unit: int = 1) -> Float[Tensor, " c"]:
-    """The steps of a code, not so fine that what makes a channel is out of float16's range.
+    """The steps of a code's channels, [c], large enough for weights that float16 can hold.
 
-    That is so of directions that the calibration text hardly shows, and of no other.
+    Only channels that the calibration text hardly shows need larger steps than they were dealt.
 
     Args:
         rows: what makes the channels that have bits.
@@ -282,7 +282,7 @@ def in_steps(
 
 @dataclass(frozen=True)
 class TurnedTransform:
-    """The transforms of keys across KV heads, frequency by frequency, and of values as one vector.
+    """Two transforms: of keys across KV heads, frequency by frequency, and of all values.
 
     Args:
         maps: of the source, the weight of the keys' norm in its key map.
@@ -319,7 +319,7 @@ class TurnedTransform:
         return key_components(self.maps, self.moments)
 
     def channels(self, seen: CodingTokens) -> tuple[Channels, ...]:
-        """The model's loss by each component of keys and each channel of values, by their bits.
+        """What each key component and value channel adds to the loss with each number of bits.
 
         Args:
             seen: the layer's tokens on calibration text.
@@ -329,7 +329,7 @@ class TurnedTransform:
         return Channels.measured(keys, unit=2), Channels.measured(values, first=most)
 
     def _felt(self, seen: CodingTokens) -> Any:
-        """(components as they are coded, channels of values) of every token, with gradients."""
+        """Numbers and gradients of every token: of its turned key components, and of its values."""
         x = seen.inputs - self.moments.mean
         keys = self.maps.kv_heads * self.maps.qk_dim
         slopes = seen.gradients[:, :keys].unflatten(1, (self.maps.kv_heads, -1))
@@ -363,7 +363,7 @@ class TurnedTransform:
         return felt
 
     def build(self, dims: CodedDims) -> TurnedKeyMLA:
-        """The layer with the components and channels that the dims name, without the others."""
+        """The converted layer, with the key components and value channels that `dims` names."""
         maps, mean = self.maps, self.moments.mean
         chosen = [index // 2 for index in dims.keys.order[::2]]
         found = self.components.of(chosen)
@@ -408,7 +408,7 @@ class KeyComponents:
     synthesis: Complex[Tensor, "n G"]
 
     def of_pairs(self) -> Iterator[tuple[int, list[int]]]:
-        """Every frequency, with the numbers of its components."""
+        """Pairs of a frequency's index and the indices of its components."""
         for pair in sorted(set(self.pairs)):
             yield pair, [index for index, other in enumerate(self.pairs) if other == pair]
 

@@ -79,11 +79,11 @@ class Channels:
 
     @classmethod
     def measured(cls, tokens: Tokens, *, unit: int = 1, first: int = 0) -> "Channels":
-        """The channels of which tokens have these numbers.
+        """Channels with the errors that each number of bits leaves on calibration tokens.
 
         Args:
             tokens: numbers, of mean zero, and the gradients with respect to them.
-            unit, first: as above.
+            unit, first: the fields of that name.
         """
         numbers, gradients = tokens
         size = numbers.square().mean(0).unflatten(0, (-1, unit)).mean(-1).sqrt()  # [n]
@@ -104,10 +104,10 @@ class Channels:
         return cls(torch.stack(left, 1), torch.stack(steps, 1), unit, first)
 
     def code(self, price: float, allowed: Sequence[int]) -> tuple[Code, Float[Tensor, " n"]]:
-        """The code that a price per bit leaves, of one byte at least, and each unit's bits for it.
+        """The cheapest code at a price per bit, and the bits that each unit would have by itself.
 
-        Whole bytes have room for a few bits more than these, or for a few less where there are no
-        channels to fill them.
+        A code has whole bytes, and one at least. So it has room for a few bits more than its units
+        would have, or for a few less where there are no channels to fill the bytes.
 
         Args:
             allowed: the numbers of bits that a channel may have, beside none.
@@ -122,7 +122,7 @@ class Channels:
         return Code(tuple(count * self.unit for count in (*counts, first))), chosen
 
     def dealt(self, price: float, allowed: Sequence[int]) -> Dealt:
-        """The code that a price per bit leaves, with a channel for every place in it."""
+        """The cheapest code at a price per bit, with a channel for each of its places."""
         code, chosen = self.code(price, allowed)
         # Of channels with equal bits, the first are those that would lose most by fewer.
         need = self.left[:, -1] - self.left[:, :-1].min(1).values
@@ -136,14 +136,13 @@ class Channels:
 
 
 def bytes_for(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
-    """How many bytes of each kind have room for so many channels of each number of `BITS`.
+    """The number of bytes of each kind in `BYTES` that hold the wanted channels.
 
-    There are no more places in them than channels, so that channels of 4 bits alone are an even
-    number, and at least one byte where that leaves one. Where channels are few, some have other
-    bits than were wanted.
+    The bytes never have more places than there are channels. So channels of 4 bits alone are an
+    even number, and where channels are few, some have other bits than were wanted.
 
     Args:
-        wanted: of 0 bits, too.
+        wanted: the number of channels with each number of `BITS`.
         allowed: the numbers of bits that a channel may have, beside none.
     """
     of = dict(zip(BITS, wanted, strict=True))
@@ -198,13 +197,12 @@ def deal(
 def first_channels(
     numbers: Float[Tensor, "N c"], weights: Float[Tensor, " c"], count: int
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "c n"]]:
-    """Maps to and from the channels that hold most of what some tokens have in others.
+    """Maps to and from the few channels that hold most of a token's numbers in many others.
 
     Args:
-        numbers: of the tokens, in the channels that have no bits.
-        weights: what an error of each of these matters, beside 1 for the channel of the layer that
-            matters most.
-        count: of channels, n.
+        numbers: of each token, in each of the many channels.
+        weights: how much an error of each of these matters, 1 for the layer's most important one.
+        count: the number of channels to make, n.
     """
     weights = weights.clamp_min(SMALLEST)
     _, sizes, basis = torch.linalg.svd(numbers * weights, full_matrices=False)

@@ -267,7 +267,7 @@ def moments_of(seen: CodingTokens) -> CodingMoments:
 def _tokens(
     inputs: Float[Tensor, "B T D"], slopes: Sequence[Float[Tensor, "B T G _"]], chosen: slice
 ) -> CodingTokens:
-    """Chosen tokens of every sequence, with the gradients of keys and values side by side."""
+    """Inputs, gradients of keys and values, and positions of chosen tokens of each sequence."""
     positions = torch.arange(inputs.shape[1], device=inputs.device).float()[chosen]
     gradients = torch.cat([part[:, chosen].flatten(2) for part in slopes], dim=2)
     return CodingTokens(

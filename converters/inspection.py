@@ -139,7 +139,7 @@ def _mean_dims(target: Target) -> Any:
 
 
 def code_of(dims: Dims) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The codes of keys and of values by their counts, where they are coded."""
+    """Counts of the keys' code and of the values' code; None where the cache is not coded."""
     return dims.codes if isinstance(dims, CodedDims) else None
 
 

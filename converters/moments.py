@@ -35,12 +35,13 @@ class LatentMoments:
 
 @dataclass(frozen=True)
 class CodingTokens:
-    """Tokens of calibration text, and what the model feels of a layer's keys and values of them.
+    """Calibration tokens: a layer's inputs, and the gradients of its keys and values.
 
     Args:
-        inputs: of the layer.
-        gradients: of every token, with respect to its numbers; see `CodingMoments`.
-        positions: of the tokens in their sequences.
+        inputs: the layer's input at each token.
+        gradients: of the log-likelihood with respect to each token's M numbers; see
+            `CodingMoments`.
+        positions: each token's position in its sequence.
     """
 
     inputs: Float[Tensor, "N D"]
@@ -48,7 +49,7 @@ class CodingTokens:
     positions: Float[Tensor, " N"]
 
     def every(self, step: int) -> "CodingTokens":
-        """Every so many tokens."""
+        """One token of every `step`, the first of them included."""
         return CodingTokens(self.inputs[::step], self.gradients[::step], self.positions[::step])
 
 

@@ -48,7 +48,8 @@ class LayerReport:
         closed_form_error: before anything is fitted beyond the moments.
         parameters: of the source's attention and the converted one.
         pairs: how many frequencies the source has, which `rope_pairs` are indices of.
-        code: of keys and of values, where they are coded; see `modeling.coding.Code`.
+        code: counts of the keys' code and of the values' code (`modeling.coding.Code`); None where
+            the cache is not coded.
         energy: the weighted squared error that leaving out each direction of the latent adds, by
             falling importance; those that were left out are the last.
     """
@@ -65,7 +66,10 @@ class LayerReport:
 
     @property
     def codes(self) -> dict[str, tuple[int, ...]]:
-        """What is coded -> how many of its channels have each of `BITS`; empty for nothing."""
+        """Channel counts by `BITS` of the keys' and values' codes, or of the one code of both.
+
+        Empty where the cache is not coded.
+        """
         if self.code is None:
             return {}
         keys, values = (Code(counts).by_bits() for counts in self.code)
@@ -80,7 +84,7 @@ class LayerReport:
 
 
 def channel_words(counts: Sequence[int]) -> str:
-    """Counts of channels with each of `BITS` in words, without those that are zero."""
+    """Channel counts by `BITS` as words, such as "channels: 8 of 8, 12 of 4 bits"."""
     each = [
         f"{count:,} of {bits}" for count, bits in zip(counts, BITS, strict=True) if count and bits
     ]

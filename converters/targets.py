@@ -181,7 +181,7 @@ class Target(ABC):
 
 
 class LatentTarget(Target):
-    """What MLA of 16-bit numbers and MLA of codes have in common."""
+    """Base class of the MLA targets: one caches 16-bit numbers, the other codes."""
 
     title = "multi-head latent attention (MLA)"
     options = frozenset({"kv_lora_rank", "qk_rope_head_dim", "q_lora_rank"})
@@ -316,8 +316,8 @@ class MLATarget(LatentTarget):
 class CodedMLATarget(LatentTarget):
     """MLA whose cached numbers have 0 to 8 bits each, dealt out over all layers.
 
-    What a number is worth is asked of the whole model (`channels`), so `moments` of a layer by
-    itself are none.
+    The importance of a number comes from a backward pass through the whole model (`channels`), so
+    `moments` of one layer are None.
     """
 
     def __init__(self, config: PretrainedConfig, recipe: Recipe) -> None:
@@ -380,7 +380,7 @@ class CodedMLATarget(LatentTarget):
         return None
 
     def transform(self, maps: AttentionMaps, moments: CodingMoments) -> Any:
-        """What makes the layer's channels, and builds the layer for any dims."""
+        """One layer's transform, which measures its channels and builds the layer for any dims."""
         moments = in_precision(moments, maps.q.dtype)
         if self.joint:
             return JointTransform(maps, moments)
@@ -392,7 +392,7 @@ class CodedMLATarget(LatentTarget):
     def channels(
         self, maps: AttentionMaps, moments: CodingMoments, seen: CodingTokens
     ) -> tuple[Channels, ...]:
-        """The model's loss by each channel of the layer's codes, for every number of bits.
+        """What each channel of a layer's codes adds to the model's loss with each number of bits.
 
         Args:
             moments, seen: of `fisher_moments`.

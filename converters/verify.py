@@ -92,7 +92,7 @@ def verify(
 
 
 def across_edges(form: Form, x: Tensor, meant: Tensor) -> Tensor:
-    """The output [1, T, D] where coded numbers near the edge of a step are read as the next one.
+    """A layer's output [1, T, D] from a noisy input, which moves a few codes to the next step.
 
     Args:
         x: the layer's input [1, T, D].

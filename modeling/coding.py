@@ -24,11 +24,11 @@ NEGLIGIBLE = -1e3
 
 @dataclass(frozen=True)
 class Plane:
-    """One channel of each of a row's bytes, from the byte `start` on.
+    """One channel from each byte of a row's code, from byte `start` on.
 
     Args:
-        bits, shifts: of every such channel, how many bits it has and at which of the byte's bits it
-            begins.
+        bits: each channel's number of bits.
+        shifts: the lowest of the byte's bits that each channel has.
     """
 
     start: int
@@ -68,31 +68,31 @@ class Code:
 
     @property
     def bytes(self) -> int:
-        """The bytes that a row's code takes."""
+        """The number of bytes of a row's code."""
         return sum(self.counts[:-1])
 
     @property
     def first(self) -> int:
-        """The channels of 0 bits, which the first tokens alone have."""
+        """The number of channels of 0 bits, which only a sequence's first tokens use."""
         return self.counts[-1]
 
     @property
     def coded(self) -> int:
-        """The channels that have any bits: the row's first."""
+        """The number of channels that have bits. They are the first of a row."""
         return channels_in(self.counts[:-1])
 
     @property
     def channels(self) -> int:
-        """The channels of a row, c."""
+        """The number of channels of a row, c."""
         return self.coded + self.first
 
     def bits(self) -> tuple[int, ...]:
-        """Every channel's, [c]."""
+        """The number of bits of every channel, [c]."""
         coded = tuple(bits for plane in self.planes for bits in plane.bits)
         return coded + (0,) * self.first
 
     def by_bits(self) -> tuple[int, ...]:
-        """How many channels have as many bits as each number in `BITS`."""
+        """The number of channels that have each number of bits in `BITS`."""
         return tuple(self.bits().count(bits) for bits in BITS)
 
     def places(self) -> list[int]:
@@ -153,17 +153,17 @@ class Code:
         return rows
 
     def _half(self, like: torch.Tensor) -> torch.Tensor:
-        """Half of the steps of every channel that has bits."""
+        """Half the number of steps of each channel that has bits."""
         return _constant(tuple(2 ** (bits - 1) for bits in self.bits() if bits), like)
 
 
 def channels_in(counts: Sequence[int]) -> int:
-    """The channels in so many bytes of each kind."""
+    """The number of channels in `counts` bytes of each kind in `BYTES`."""
     return sum(len(kind) * count for kind, count in zip(BYTES, counts, strict=True))
 
 
 def _plane(counts: tuple[int, ...], number: int) -> Plane:
-    """The channels of that number in each of a row's bytes, from 0 on."""
+    """The plane of every byte's channel `number`, counted from 0, in bytes that have one."""
     sharing = [(kind, n) for kind, n in zip(BYTES, counts, strict=False) if len(kind) > number]
     bits = tuple(kind[number] for kind, n in sharing for _ in range(n))
     shifts = tuple(sum(kind[:number]) for kind, n in sharing for _ in range(n))

@@ -38,9 +38,9 @@ class ConvertedModelMixin(PreTrainedModel):
 
     @classmethod
     def is_backend_compatible(cls):
-        """Whether an engine may put a cache of its own keys and values in an attention's place.
+        """Whether an engine may replace the attention by its own, which caches keys and values.
 
-        What the other forms cache is no key and no value.
+        Only GQA caches keys and values. An engine would compute the other forms wrongly.
         """
         return cls.config_class.form_name == "GQA"
 

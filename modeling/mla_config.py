@@ -110,7 +110,7 @@ class MLAConfigMixin(ConvertedConfigMixin):
         return CodedRows(*self._layer_codes(layer_idx), self.exact_tokens, halves)
 
     def _layer_codes(self, layer_idx: int) -> tuple[Code, Code]:
-        """Of one layer's keys and values, where they are coded."""
+        """The code of one layer's keys and the code of its values."""
         assert self.cache_codes is not None
         keys, values = self.cache_codes[layer_idx]
         return Code(tuple(keys)), Code(tuple(values))

@@ -147,7 +147,7 @@ class SharedKeyAttention(LatentAttention):
 
 
 class FoldedKeyAttention(SharedKeyAttention):
-    """Shared keys whose rest is a map of what is cached, folded into queries to read the cache."""
+    """Attention whose absorbed queries have the map of position-free keys folded into them."""
 
     @abstractmethod
     def weights(self):

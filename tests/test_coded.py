@@ -227,7 +227,7 @@ def test_a_budget_below_a_channel_each_is_refused():
 
 
 def test_tails_are_measured():
-    """Rare large numbers lose more by 4 bits."""
+    """At 4 bits a channel with rare large numbers loses more than a normal one."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(4000, generator=generator, dtype=torch.float64)
     rare = torch.where(torch.rand(4000, generator=generator) < 0.01, 10.0, 0.1) * plain
@@ -242,7 +242,7 @@ def test_tails_are_measured():
 
 
 def test_first_channels_hold_what_tokens_have():
-    """All of it with as many as there are tokens, and with fewer what matters most."""
+    """As many channels as tokens hold everything, and fewer hold what matters most."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.logspace(0, -2, 12, dtype=torch.float64)
     numbers = torch.randn(5, 12, generator=generator).double() / weights.sqrt()
@@ -263,7 +263,7 @@ def test_first_channels_hold_what_tokens_have():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_first_tokens_have_what_is_left_out_of_others(shape, kind):
-    """Values of first tokens are whole though most channels have no bits; the twin lacks them."""
+    """First tokens have whole values where half of the channels have bits; the twin has not."""
     maps, x, transform, seen = layer(shape, kind)
     first = replace(seen, **{name: part[:4] for name, part in vars(seen).items()})
     whole = replace(transform, moments=replace(transform.moments, first=first))
@@ -351,7 +351,7 @@ def divergence(model, other):
 
 @torch.no_grad()
 def test_bits_go_by_importance(tmp_path, text, monkeypatch):
-    """The twins: the channels' bits dealt to others, and as many bytes with 8 bits each."""
+    """Twins in as many bytes are worse: other channels' bits, and equal bits for all."""
     model = folders.save(tmp_path / "source")
     off = {}
 

@@ -35,7 +35,7 @@ def test_a_code_is_read_as_the_middle_of_the_step(dtype, code, seed, scale):
 
 
 def test_channels_share_bytes():
-    """Of 6 bits with 2, of 5 with 3, of 4 in pairs, of 3 with 2, and of 2 in fours."""
+    """A byte holds channels of 8, 6+2, 5+3, 4+4, 3+3+2 or 2+2+2+2 bits, and of no others."""
     code = Code((1, 1, 1, 1, 1, 1, 2))
     assert code.bytes == 6 and code.by_bits() == (1, 1, 1, 2, 3, 6, 2)
     rows = torch.zeros(code.channels)

@@ -131,7 +131,7 @@ def test_a_wrong_config_is_never_put_in_place(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rope", ["decoupled", "on-read"])
 def test_a_code_at_the_edge_of_a_step_may_be_either_of_two(rope, run, monkeypatch):
-    """Rounding decides then, and is not alike in a prompt and a step; the twin allows for none."""
+    """A prompt and a step round such a number differently; twins allow for none, or shift all."""
     packed = Code.packed
     monkeypatch.setattr(Code, "packed", lambda code, rows: packed(code, rows + 3e-3))
     options = dict(kv_bits="auto", rope=rope, kv_budget=0.3, dtype="float32")
@@ -147,7 +147,7 @@ def test_a_code_at_the_edge_of_a_step_may_be_either_of_two(rope, run, monkeypatc
 
 @pytest.mark.parametrize("bits", ["16", "auto"])
 def test_a_layer_that_adds_nothing_is_right(bits, inputs, tmp_path):
-    """Its output is zero, of which no distance is a share."""
+    """A layer whose output is zero passes, though no error can be a share of it."""
     model = tiny.source(**folders.MODEL_FIELDS)
     torch.nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
     folders.save(tmp_path / "source", model)
@@ -157,7 +157,7 @@ def test_a_layer_that_adds_nothing_is_right(bits, inputs, tmp_path):
 
 @pytest.mark.parametrize("rope", ["decoupled", "on-read"])
 def test_codes_of_few_words_fit_into_float16(rope, run):
-    """Channels that are next to nothing on them are not made large."""
+    """Weights stay in float16's range where a small vocabulary leaves channels constant."""
     for budget in (0.2, 0.5):
         run(kv_bits="auto", rope=rope, kv_budget=budget, dtype="float16", force=True)
 
